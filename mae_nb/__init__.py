@@ -1,0 +1,7 @@
+"""Masked autoencoders, taught in notebooks and trained with fastai
+
+Modules:
+
+- `mae_nb.data_files.make_fashion`: Make mae_nb/data_files/fashion.npz: the class-balanced part of Fashion-MNIST that ships with the package."""
+
+__version__ = "0.0.1"
