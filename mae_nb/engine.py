@@ -4,11 +4,10 @@
 __all__ = ['DeviceMean', 'DeviceLoss', 'DeviceRecorder', 'Standardize', 'Autocast', 'StopAt', 'memory_gib', 'Progress',
            'make_run', 'RunWriter', 'TaskLearner']
 
-# %% ../nbs/21_engine.ipynb #f07fcfaf
+# %% ../nbs/21_engine.ipynb #95e56508
 import csv
 import json
 import math
-import os
 import platform
 import resource
 import sys
@@ -27,7 +26,7 @@ from torch import nn
 
 from .interop import save_model
 from .optim import Schedule, adamw, warmup_cosine
-from .recipes import as_config, lr_of
+from .recipes import lr_of
 from .visualize import plot_metrics, read_metrics, standardize
 
 # %% ../nbs/21_engine.ipynb #420c0035
@@ -52,7 +51,7 @@ class DeviceLoss(DeviceMean):
     def __init__(self): super().__init__(None, 'loss')
     def accumulate(self, learn): self.add(learn.loss, len(learn.yb[0]))
 
-# %% ../nbs/21_engine.ipynb #d35eff4e
+# %% ../nbs/21_engine.ipynb #672fdad6
 class DeviceRecorder(Recorder):
     "fastai's `Recorder` without its copy to the host in each step; the training loss is the epoch's mean."
     name = 'recorder'
@@ -76,6 +75,7 @@ class DeviceRecorder(Recorder):
 
     def after_epoch(self):
         self.iters.append(len(self.losses))
+        self.log += [None] * (len(self.metric_names) - len(self.log))   # no validation after this epoch
         self.learn.final_record = self.log[1:].copy()
         self.values.append(self.learn.final_record)
         if not math.isfinite(self.log[1]): raise FloatingPointError(f'the training loss of epoch {self.epoch} is {self.log[1]}: lower the learning rate (base_lr) or train without --set amp=False')
@@ -221,7 +221,7 @@ class RunWriter(Callback):
     def close(self):
         if getattr(self, 'board', None): self.board.close(); self.board = None
 
-# %% ../nbs/21_engine.ipynb #3b2eddab
+# %% ../nbs/21_engine.ipynb #910e5654
 class TaskLearner(Learner):
     "fastai's `Learner` for all tasks: rates from the recipe, no copies to the host between log lines."
     def __init__(self,
@@ -233,10 +233,11 @@ class TaskLearner(Learner):
         *,
         out:Path|None=None,    # the run folder, from `make_run`; nothing is written if None
         max_steps:int|None=None,  # end after so many optimizer steps; the recipe's epochs if None
+        valid_every:int=1,     # validate after each so many epochs, and after the last
         metrics:list=(),       # `DeviceMean`s
         cbs:list=(),           # the task's own callbacks, and yours
     ):
-        self.recipe, self.max_steps, self.base_rate = recipe, max_steps, lr_of(recipe, dls.train.bs)
+        self.recipe, self.max_steps, self.valid_every, self.base_rate = recipe, max_steps, valid_every, lr_of(recipe, dls.train.bs)
         images = dls.train.dataset.images
         own = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Progress()]
         if recipe.amp: own.append(Autocast())
@@ -255,7 +256,9 @@ class TaskLearner(Learner):
         super()._do_epoch_train()
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
-        if dl is not None or ds_idx < len(self.dls.loaders): super()._do_epoch_validate(ds_idx, dl)
+        if dl is None and ds_idx >= len(self.dls.loaders): return   # there is no validation set
+        due = dl is not None or (self.epoch + 1) % self.valid_every == 0 or self.epoch + 1 == self.n_epoch
+        if due: super()._do_epoch_validate(ds_idx, dl)
 
     def fit(self,
         n_epoch:int,          # passes over the training set

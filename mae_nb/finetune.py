@@ -48,7 +48,7 @@ def top1(
     "Share of samples whose largest logit is the right class's."
     return (logits.argmax(dim=1) == labels).float().mean()
 
-# %% ../nbs/24_finetune.ipynb #2407bcdf
+# %% ../nbs/24_finetune.ipynb #a304d082
 def finetune_learner(
     dls,                        # from `get_dls`, with labels
     model:Classifier,           # from `classifier_from` or `create_classifier`
@@ -57,6 +57,7 @@ def finetune_learner(
     seed:int=0,                 # the run's seed: crops, order and drop path
     out:str|Path|None=None,     # the run folder, from `make_run`
     max_steps:int|None=None,    # end after so many optimizer steps
+    valid_every:int=1,          # validate after each so many epochs, and after the last
     cbs:list=(),                # more callbacks
 ) -> TaskLearner:
     "A `Learner` for end-to-end fine-tuning or training from scratch (section 4.1 and Table 9 of the paper)."
@@ -65,5 +66,5 @@ def finetune_learner(
     if len(images.classes) > model.head.out_features: raise ValueError(f'{images.name} has {len(images.classes)} classes, the head only {model.head.out_features}: create the classifier with num_classes={len(images.classes)}')
     if model.pool != recipe.pool: raise ValueError(f'the model pools by {model.pool!r} and the recipe says pool={recipe.pool!r}: create the model with that pooling, or change the recipe')
     groups = partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
-    return TaskLearner(dls, model, recipe, groups, partial(label_loss, smoothing=recipe.label_smoothing), out=out, max_steps=max_steps,
+    return TaskLearner(dls, model, recipe, groups, partial(label_loss, smoothing=recipe.label_smoothing), out=out, max_steps=max_steps, valid_every=valid_every,
                        metrics=[DeviceMean(top1, 'top1')], cbs=[DropNoise(seed), *cbs])

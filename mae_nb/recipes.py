@@ -54,10 +54,17 @@ def lr_of(
     "The learning rate by the linear rule: base rate x effective batch / 256."
     return recipe.base_lr * effective_batch / 256
 
-# %% ../nbs/11_recipes.ipynb #cde3fba9
+# %% ../nbs/11_recipes.ipynb #e215f21c
 RECIPES = {
     'pretrain': PretrainRecipe(),
     'finetune': FinetuneRecipe(),
+    # small models on small images, tuned for two CPU cores
+    'pretrain_fashion': PretrainRecipe(epochs=30, warmup_epochs=3, batch_size=128, base_lr=2e-3, crop_scale=(.5, 1.), amp=False),
+    'pretrain_cifar10': PretrainRecipe(epochs=15, warmup_epochs=1, batch_size=128, base_lr=2e-3, crop_scale=(.5, 1.), amp=False),
+    'finetune_fashion': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, crop_scale=(.6, 1.), amp=False),
+    'scratch_fashion': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, layer_decay=1., crop_scale=(.6, 1.), amp=False),
+    'finetune_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, crop_scale=(.6, 1.), amp=False),
+    'scratch_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, layer_decay=1., crop_scale=(.6, 1.), amp=False),
 }
 
 # %% ../nbs/11_recipes.ipynb #3cd4a37c
