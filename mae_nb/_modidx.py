@@ -136,6 +136,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mae_nb.engine.TaskLearner.fit': ('engine.html#tasklearner.fit', 'mae_nb/engine.py'),
                                'mae_nb.engine.TaskLearner.fit_recipe': ('engine.html#tasklearner.fit_recipe', 'mae_nb/engine.py'),
                                'mae_nb.engine.TaskLearner.total_steps': ('engine.html#tasklearner.total_steps', 'mae_nb/engine.py'),
+                               'mae_nb.engine.TaskLearner.validate': ('engine.html#tasklearner.validate', 'mae_nb/engine.py'),
+                               'mae_nb.engine.check_channels': ('engine.html#check_channels', 'mae_nb/engine.py'),
                                'mae_nb.engine.make_run': ('engine.html#make_run', 'mae_nb/engine.py'),
                                'mae_nb.engine.memory_gib': ('engine.html#memory_gib', 'mae_nb/engine.py')},
             'mae_nb.finetune': { 'mae_nb.finetune.DropNoise': ('finetune.html#dropnoise', 'mae_nb/finetune.py'),

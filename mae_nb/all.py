@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/27_all.ipynb #77c03517
+# %% ../nbs/27_all.ipynb #59cfea30
 from .classifier import *
 from .cli import *
 from .data import *
@@ -27,3 +27,5 @@ from .settings import *
 from .targets import *
 from .transformer import *
 from .visualize import *
+
+__all__ = [name for name in globals() if not name.startswith('_')]   # nbdev lists only what a notebook defines itself

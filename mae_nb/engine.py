@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DeviceMean', 'DeviceLoss', 'DeviceRecorder', 'Standardize', 'Autocast', 'StopAt', 'memory_gib', 'Progress',
-           'make_run', 'RunWriter', 'TaskLearner']
+           'make_run', 'RunWriter', 'check_channels', 'TaskLearner']
 
 # %% ../nbs/21_engine.ipynb #95e56508
 import csv
@@ -51,7 +51,7 @@ class DeviceLoss(DeviceMean):
     def __init__(self): super().__init__(None, 'loss')
     def accumulate(self, learn): self.add(learn.loss, len(learn.yb[0]))
 
-# %% ../nbs/21_engine.ipynb #672fdad6
+# %% ../nbs/21_engine.ipynb #c0d963c6
 class DeviceRecorder(Recorder):
     "fastai's `Recorder` without its copy to the host in each step; the training loss is the epoch's mean."
     name = 'recorder'
@@ -75,7 +75,7 @@ class DeviceRecorder(Recorder):
 
     def after_epoch(self):
         self.iters.append(len(self.losses))
-        self.log += [None] * (len(self.metric_names) - len(self.log))   # no validation after this epoch
+        if self.new: self.log += [None] * (len(self.metric_names) - len(self.log))   # no validation after this epoch
         self.learn.final_record = self.log[1:].copy()
         self.values.append(self.learn.final_record)
         if not math.isfinite(self.log[1]): raise FloatingPointError(f'the training loss of epoch {self.epoch} is {self.log[1]}: lower the learning rate (base_lr) or train without --set amp=False')
@@ -177,7 +177,7 @@ def make_run(
     (out/'config.json').write_text(json.dumps(config | dict(versions=versions), indent=1, default=str) + '\n')
     return out
 
-# %% ../nbs/21_engine.ipynb #1cd0bc14
+# %% ../nbs/21_engine.ipynb #3c6fa8bc
 class RunWriter(Callback):
     "Keep a run's folder: a row per epoch in `metrics.csv` and `timing.csv`, TensorBoard events, weights, curves."
     order = 55
@@ -188,6 +188,7 @@ class RunWriter(Callback):
     def before_fit(self):
         from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(self.out))
+        if (self.out/'metrics.csv').exists(): return   # a second fit goes on below
         self.row('metrics.csv', [*list(self.recorder.metric_names), 'lr'])
         self.row('timing.csv', ['epoch', 'train_seconds', 'images_per_second', 'peak_memory_gib'])
 
@@ -221,7 +222,18 @@ class RunWriter(Callback):
     def close(self):
         if getattr(self, 'board', None): self.board.close(); self.board = None
 
-# %% ../nbs/21_engine.ipynb #910e5654
+# %% ../nbs/21_engine.ipynb #d9291707
+def check_channels(
+    dls,      # from `get_dls`
+    encoder,  # an `Encoder`
+):
+    "Raise a clear error where images and model differ in channels."
+    images = dls.train.dataset.images
+    if images.in_chans != encoder.in_chans:
+        raise ValueError(f'{images.name} has images of {images.in_chans} channels and the model takes {encoder.in_chans}: '
+                         f'create the model with in_chans={images.in_chans}')
+
+# %% ../nbs/21_engine.ipynb #114b7993
 class TaskLearner(Learner):
     "fastai's `Learner` for all tasks: rates from the recipe, no copies to the host between log lines."
     def __init__(self,
@@ -260,6 +272,10 @@ class TaskLearner(Learner):
         due = dl is not None or (self.epoch + 1) % self.valid_every == 0 or self.epoch + 1 == self.n_epoch
         if due: super()._do_epoch_validate(ds_idx, dl)
 
+    def validate(self, ds_idx=1, dl=None, cbs=None):
+        "Loss and metrics of a validation set; the run's folder and bar are left alone."
+        with self.removed_cbs([cb for cb in self.cbs if isinstance(cb, (RunWriter, Progress))]): return super().validate(ds_idx, dl, cbs)
+
     def fit(self,
         n_epoch:int,          # passes over the training set
         lr:float|None=None,   # peak rate; each group trains at its own scale of it
@@ -280,7 +296,7 @@ class TaskLearner(Learner):
     def fit_recipe(self):
         "Train as the recipe says: epochs, warm-up, cosine and rates."
         r, per_epoch = self.recipe, len(self.dls.train)
-        epochs = math.ceil(self.max_steps / per_epoch) if self.max_steps else int(r.epochs)
+        epochs = math.ceil(self.max_steps / per_epoch) if self.max_steps else r.epochs
         warmup = min(round(r.warmup_epochs * per_epoch), round(r.warmup_epochs / r.epochs * min(self.max_steps or math.inf, epochs * per_epoch)))
         total = min(self.max_steps or math.inf, epochs * per_epoch)
         print(f'learning rate {r.base_lr:g} x {self.dls.train.bs} / 256 = {self.base_rate:.3g}, {total} steps of {self.dls.train.bs} images', flush=True)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DropNoise', 'label_loss', 'top1', 'finetune_learner']
 
-# %% ../nbs/24_finetune.ipynb #7fd119b5
+# %% ../nbs/24_finetune.ipynb #af66989f
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from torch.nn import functional as F
 
 from .classifier import Classifier
-from .engine import DeviceMean, TaskLearner
+from .engine import DeviceMean, TaskLearner, check_channels
 from .keyed import key, uniform
 from .optim import finetune_groups
 from .recipes import FinetuneRecipe
@@ -48,7 +48,7 @@ def top1(
     "Share of samples whose largest logit is the right class's."
     return (logits.argmax(dim=1) == labels).float().mean()
 
-# %% ../nbs/24_finetune.ipynb #a304d082
+# %% ../nbs/24_finetune.ipynb #10756bf8
 def finetune_learner(
     dls,                        # from `get_dls`, with labels
     model:Classifier,           # from `classifier_from` or `create_classifier`
@@ -61,6 +61,7 @@ def finetune_learner(
     cbs:list=(),                # more callbacks
 ) -> TaskLearner:
     "A `Learner` for end-to-end fine-tuning or training from scratch (section 4.1 and Table 9 of the paper)."
+    check_channels(dls, model)
     images = dls.train.dataset.images
     if images.labels is None: raise ValueError(f'{images.name} has no labels: put the images of each class into a folder of its own')
     if len(images.classes) > model.head.out_features: raise ValueError(f'{images.name} has {len(images.classes)} classes, the head only {model.head.out_features}: create the classifier with num_classes={len(images.classes)}')

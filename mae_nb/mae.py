@@ -29,16 +29,16 @@ def pick(
     hint = f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(map(repr, known))
     raise ValueError(f'unknown {what} {name!r}: {hint}')
 
-# %% ../nbs/08_mae.ipynb #e34f3e29
+# %% ../nbs/08_mae.ipynb #a6bd6317
 SIZES = {
     'mae_vit_base_patch16':   dict(img_size=224, patch_size=16, dim=768,  depth=12, num_heads=12),
     'mae_vit_large_patch16':  dict(img_size=224, patch_size=16, dim=1024, depth=24, num_heads=16),
     'mae_vit_huge_patch14':   dict(img_size=224, patch_size=14, dim=1280, depth=32, num_heads=16),
     'mae_vit_tiny_patch2_32': dict(img_size=32, patch_size=2, dim=192, depth=12, num_heads=3,
                                    decoder_dim=192, decoder_depth=4, decoder_heads=3),
-    'mae_vit_nano_patch4_32': dict(img_size=32, patch_size=4, dim=128, depth=4, num_heads=4,
+    'mae_vit_nano_patch4_32': dict(img_size=32, patch_size=4, dim=128, depth=3, num_heads=4,
                                    decoder_dim=64, decoder_depth=1, decoder_heads=2),
-    'mae_vit_nano_patch4_28': dict(img_size=28, patch_size=4, dim=128, depth=4, num_heads=4,
+    'mae_vit_nano_patch4_28': dict(img_size=28, patch_size=4, dim=128, depth=3, num_heads=4,
                                    decoder_dim=64, decoder_depth=1, decoder_heads=2),
 }
 MASKS = {'random': random_mask}

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MaskNoise', 'loss_of', 'pretrain_learner']
 
-# %% ../nbs/22_pretrain.ipynb #1eb7f7c5
+# %% ../nbs/22_pretrain.ipynb #c393cdaf
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 
-from .engine import TaskLearner
+from .engine import TaskLearner, check_channels
 from .keyed import key, uniform
 from .mae import MAE
 from .optim import pretrain_groups
@@ -40,7 +40,7 @@ def loss_of(
     "The loss that the model computed itself."
     return pred[0]
 
-# %% ../nbs/22_pretrain.ipynb #bc013505
+# %% ../nbs/22_pretrain.ipynb #31a44a78
 def pretrain_learner(
     dls,                         # from `get_dls`
     model:MAE,                   # a masked autoencoder
@@ -54,6 +54,7 @@ def pretrain_learner(
     "A `Learner` for masked pretraining (section 3 and Table 8 of the paper)."
     if model.target != recipe.target:
         raise ValueError(f'the model predicts {model.target!r} and the recipe says target={recipe.target!r}: create the model with that target, or change the recipe')
+    check_channels(dls, model.encoder)
     if dls.train.dataset.seed != seed: raise ValueError(f'the loaders were made with seed {dls.train.dataset.seed}, the learner with {seed}: give both the same')
     return TaskLearner(dls, model, recipe, partial(pretrain_groups, weight_decay=recipe.weight_decay), loss_of,
                        out=out, max_steps=max_steps, cbs=[MaskNoise(seed, recipe.mask_ratio), *cbs])

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from .mae import pick
 
-# %% ../nbs/11_recipes.ipynb #86aa0dda
+# %% ../nbs/11_recipes.ipynb #ec215041
 @dataclass(frozen=True)
 class PretrainRecipe:
     "Masked pretraining (Table 8 of the paper)."
-    epochs: float = 800            # Table 8 and the ablations; headline models 1,600 (section 4)
+    epochs: int = 800              # Table 8 and the ablations; headline models 1,600 (section 4)
     warmup_epochs: float = 40      # Table 8
     batch_size: int = 4096         # Table 8: effective batch, over processes and accumulation
     base_lr: float = 1.5e-4        # Table 8: for a batch of 256
@@ -27,11 +27,11 @@ class PretrainRecipe:
     flip: bool = True              # Table 8: augmentation is a random resized crop; the code flips too
     amp: bool = True               # bf16 autocast (the official code: fp16)
 
-# %% ../nbs/11_recipes.ipynb #76d9d75a
+# %% ../nbs/11_recipes.ipynb #1088f9e6
 @dataclass(frozen=True)
 class FinetuneRecipe:
     "End-to-end fine-tuning (Table 9 of the paper), without the mixing augmentations."
-    epochs: float = 100            # Table 9: 100 B, 50 L and H
+    epochs: int = 100              # Table 9: 100 B, 50 L and H
     warmup_epochs: float = 5       # Table 9
     batch_size: int = 1024         # Table 9: effective batch
     base_lr: float = 1e-3          # Table 9: for a batch of 256
@@ -54,17 +54,17 @@ def lr_of(
     "The learning rate by the linear rule: base rate x effective batch / 256."
     return recipe.base_lr * effective_batch / 256
 
-# %% ../nbs/11_recipes.ipynb #e215f21c
+# %% ../nbs/11_recipes.ipynb #cf4a5c67
 RECIPES = {
     'pretrain': PretrainRecipe(),
     'finetune': FinetuneRecipe(),
     # small models on small images, tuned for two CPU cores
-    'pretrain_fashion': PretrainRecipe(epochs=30, warmup_epochs=3, batch_size=128, base_lr=2e-3, crop_scale=(.5, 1.), amp=False),
-    'pretrain_cifar10': PretrainRecipe(epochs=15, warmup_epochs=1, batch_size=128, base_lr=2e-3, crop_scale=(.5, 1.), amp=False),
-    'finetune_fashion': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, crop_scale=(.6, 1.), amp=False),
-    'scratch_fashion': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, layer_decay=1., crop_scale=(.6, 1.), amp=False),
-    'finetune_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, crop_scale=(.6, 1.), amp=False),
-    'scratch_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=5, batch_size=50, base_lr=4e-3, layer_decay=1., crop_scale=(.6, 1.), amp=False),
+    'pretrain_fashion': PretrainRecipe(epochs=25, warmup_epochs=2.5, batch_size=128, base_lr=4e-3, target='pixels', crop_scale=(1., 1.), amp=False),
+    'pretrain_cifar10': PretrainRecipe(epochs=12, warmup_epochs=1.2, batch_size=128, base_lr=4e-3, target='pixels', crop_scale=(1., 1.), amp=False),
+    'finetune_fashion': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=1e-2, drop_path=0., crop_scale=(.7, 1.), amp=False),
+    'scratch_fashion': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=5e-3, drop_path=0., layer_decay=1., crop_scale=(.7, 1.), amp=False),
+    'finetune_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=1e-2, drop_path=0., crop_scale=(.7, 1.), amp=False),
+    'scratch_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=5e-3, drop_path=0., layer_decay=1., crop_scale=(.7, 1.), amp=False),
 }
 
 # %% ../nbs/11_recipes.ipynb #3cd4a37c
