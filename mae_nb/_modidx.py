@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mae_nb.engine.StopAt': ('engine.html#stopat', 'mae_nb/engine.py'),
                                'mae_nb.engine.StopAt.__init__': ('engine.html#stopat.__init__', 'mae_nb/engine.py'),
                                'mae_nb.engine.StopAt.after_batch': ('engine.html#stopat.after_batch', 'mae_nb/engine.py'),
+                               'mae_nb.engine.StopAt.before_epoch': ('engine.html#stopat.before_epoch', 'mae_nb/engine.py'),
                                'mae_nb.engine.TaskLearner': ('engine.html#tasklearner', 'mae_nb/engine.py'),
                                'mae_nb.engine.TaskLearner.__init__': ('engine.html#tasklearner.__init__', 'mae_nb/engine.py'),
                                'mae_nb.engine.TaskLearner._do_epoch_train': ('engine.html#tasklearner._do_epoch_train', 'mae_nb/engine.py'),

@@ -27,12 +27,13 @@ def norm_pixel_target(
 # %% ../nbs/07_targets.ipynb #f65193a3
 TARGETS = {'pixels': pixel_target, 'norm_pixels': norm_pixel_target}
 
-# %% ../nbs/07_targets.ipynb #72cd96bb
+# %% ../nbs/07_targets.ipynb #d03a4cbe
 def masked_mse(
     pred:torch.Tensor,    # predictions (b, n, p*p*c)
     target:torch.Tensor,  # targets (b, n, p*p*c)
     mask:torch.Tensor,    # (b, n), 1 = removed
-) -> torch.Tensor:        # the loss, one float32 number
+) -> torch.Tensor:        # the loss, one number in float32 (float64 for a float64 model)
     "Mean squared error of a patch, averaged over the removed patches only (section 3, *Reconstruction target*)."
-    error = (pred.float() - target.float()).pow(2).mean(dim=-1)
+    pred = pred.to(torch.promote_types(pred.dtype, torch.float32))   # bf16 predictions: the loss is float32
+    error = (pred - target).pow(2).mean(dim=-1)
     return (error * mask).sum() / mask.sum()
