@@ -35,7 +35,7 @@ def test_shuffle_then_unshuffle_is_the_identity(b, n):
 
 @given(rows=side, cols=side, c=st.integers(1, 4))
 def test_nothing_masked_gives_all_tokens_in_image_order(rows, cols, c):
-    model = create_mae('mae_vit_nano_patch4_28', img_size=(rows * 4, cols * 4 + 4), in_chans=c, dim=16, depth=1, num_heads=2)
+    model = create_mae('mae_vit_nano_patch4_28', img_size=(rows * 4, cols * 4 + 4), in_chans=c, mask_ratio=.5, dim=16, depth=1, num_heads=2)
     imgs, n = torch.randn(2, c, rows * 4, cols * 4 + 4), rows * (cols + 1)
     tokens = model.encode(imgs)
     assert tokens.shape == (2, n + 1, 16)
