@@ -8,36 +8,33 @@ __all__ = ['DEFAULT_MODELS', 'Terminated', 'one_line', 'command', 'next_run', 's
            'save_reconstructions', 'finish', 'mae_pretrain', 'mae_finetune', 'mae_show', 'judge', 'draw_table',
            'mae_demo']
 
-# %% ../nbs/26_cli.ipynb #7a717897
+# %% ../nbs/26_cli.ipynb #9d9c1684
 import errno
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Annotated
 
-warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')   # said by fastai's import
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from fastcore.script import call_parse, is_cli
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from fastcore.script import call_parse, is_cli  # noqa: E402
-
-from .classifier import classifier_from  # noqa: E402
-from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, eval_transform, get_dls, load_source, read_image  # noqa: E402
-from .engine import TaskLearner, make_run, memory_gib  # noqa: E402
-from .finetune import finetune_learner  # noqa: E402
-from .interop import load_hf, load_mae, read_config, weights_of  # noqa: E402
-from .keyed import generator, key, uniform  # noqa: E402
-from .mae import create_mae, pick  # noqa: E402
-from .pretrain import pretrain_learner  # noqa: E402
-from .probes import features, linear_probe, pixels  # noqa: E402
-from .recipes import RECIPES, as_config, change  # noqa: E402
-from .settings import setting  # noqa: E402
-from .visualize import show_reconstructions, standardize  # noqa: E402
+from .classifier import classifier_from
+from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, eval_transform, get_dls, load_source, read_image
+from .engine import TaskLearner, make_run, memory_gib
+from .finetune import finetune_learner
+from .interop import load_hf, load_mae, read_config, weights_of
+from .keyed import generator, key, uniform
+from .mae import create_mae, pick
+from .pretrain import pretrain_learner
+from .probes import features, linear_probe, pixels
+from .recipes import RECIPES, as_config, change
+from .settings import setting
+from .visualize import show_reconstructions, standardize
 
 # %% ../nbs/26_cli.ipynb #b8bb1bad
 class Terminated(BaseException):
@@ -339,7 +336,7 @@ def draw_table(
     ax.set_xlabel('top-1 accuracy on the test set, %'); ax.set_title(title); ax.spines[['top', 'right']].set_visible(False)
     fig.savefig(file, dpi=110); plt.close(fig)
 
-# %% ../nbs/26_cli.ipynb #38ce8ceb
+# %% ../nbs/26_cli.ipynb #da7ae4a6
 @call_parse
 def mae_demo(
     data:str=None,         # fashion or cifar10; by default the setting `dataset`
@@ -379,7 +376,7 @@ def mae_demo(
 
         minutes = (time.time() - start) / 60
         draw_table(rows, f'{data}, seed {seed}', out/'figures'/'table.png')
-        result = dict(data=data, seed=seed, minutes=round(minutes, 2), top1=rows, probe_strength={k: p.strength for k, p in probes.items()})
+        result = dict(data=data, seed=seed, minutes=round(minutes, 2), top1=rows, probe_penalty={k: p.penalty for k, p in probes.items()})
         for f in [out/'results.json'] + ([Path(json)] if json else []): f.write_text(dumps(result, indent=1) + '\n')
         print(f'\ntop-1 accuracy on {len(test):,} test images of {data}, seed {seed}, after {minutes:.1f} minutes')
         for k, v in rows.items(): print(f'   {k:45} {v:6.1%}')

@@ -55,6 +55,5 @@ if __name__ == '__main__':
     check_readme()
     run('ruff', 'check')
     run('nbdev-test', 'nbs', '--n-workers', '2', '--cell-timeout', '300')
-    run('nbdev-test', 'tutorials', '--n-workers', '2', '--cell-timeout', '300')
     run('pytest', '-n', '2')
     print('all checks passed')
