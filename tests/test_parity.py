@@ -6,6 +6,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from mae_nb.interop import from_hf, load_hf
 from mae_nb.mae import create_mae
 
+
 def relative(a, b): return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
