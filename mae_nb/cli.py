@@ -48,14 +48,15 @@ def one_line(e:BaseException) -> str:
         return f'no space left on the disk{f" while writing {e.filename}" if getattr(e, "filename", None) else ""}: free some and start again with another --out'
     return ' '.join(str(e).split()) or type(e).__name__
 
-# %% ../nbs/26_cli.ipynb #2d1fe4f4
+# %% ../nbs/26_cli.ipynb #a77544f3
 @contextmanager
 def command(
+    func,              # the command's function
     debug:bool=False,  # show the whole traceback of an error
 ):
     "Run a command's body: errors end in one line and an exit code; called from Python they stay exceptions."
     place = {}
-    if not is_cli(): yield place; return
+    if not is_cli(func): yield place; return
     signal.signal(signal.SIGTERM, _terminate)
     try: yield place
     except (Exception, KeyboardInterrupt, Terminated) as e:
@@ -226,7 +227,7 @@ def finish(
     print(f'run folder  {out}')
     for f in sorted((out/'figures').glob('*.png')): print(f'picture     {f}')
 
-# %% ../nbs/26_cli.ipynb #7753aeeb
+# %% ../nbs/26_cli.ipynb #40ca6fc3
 @call_parse
 def mae_pretrain(
     data:str,              # a data set's name (fashion, cifar10) or a folder of images
@@ -244,7 +245,7 @@ def mae_pretrain(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a masked autoencoder."
-    with command(debug) as place:
+    with command(mae_pretrain, debug) as place:
         r = with_flags(RECIPES[pick(recipe or default_recipe(data), RECIPES, 'recipe')], set, epochs, bs)
         device, sets = get_device(device), load_source(data)
         out = place['out'] = Path(out or next_run('pretrain'))
@@ -253,7 +254,7 @@ def mae_pretrain(
         save_reconstructions(learn.model, sets[1] or sets[0], out/'figures'/'reconstructions.png', seed=seed)
         finish(learn, out)
 
-# %% ../nbs/26_cli.ipynb #43e7ee78
+# %% ../nbs/26_cli.ipynb #cb8e4239
 @call_parse
 def mae_finetune(
     data:str,              # a data set's name (fashion, cifar10) or a folder with one subfolder per class
@@ -270,7 +271,7 @@ def mae_finetune(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Fine-tune a pretrained encoder with labels, end to end."
-    with command(debug) as place:
+    with command(mae_finetune, debug) as place:
         r = with_flags(RECIPES[pick(recipe or default_recipe(data, 'finetune'), RECIPES, 'recipe')], set, epochs, bs)
         device, mae, sets = get_device(device), load_mae(weights), labelled(load_source(data), seed)
         model, report = seeded(seed, classifier_from, mae, len(sets[0].classes), r.pool, r.drop_path)
@@ -280,7 +281,7 @@ def mae_finetune(
                          config=dict(weights=str(weights)))
         finish(learn, out)
 
-# %% ../nbs/26_cli.ipynb #b9cfeab0
+# %% ../nbs/26_cli.ipynb #c1e67299
 @call_parse
 def mae_show(
     where:str,             # a pretraining's run folder, its .safetensors file, or transformers' ViT-MAE weights (with --model)
@@ -294,7 +295,7 @@ def mae_show(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Draw what a masked autoencoder makes of your images."
-    with command(debug):
+    with command(mae_show, debug):
         if not images: raise ValueError('name at least one image file')
         if model: mae, mean, std = foreign_mae(where, model, target), IMAGENET_MEAN, IMAGENET_STD
         else:
@@ -336,7 +337,7 @@ def draw_table(
     ax.set_xlabel('top-1 accuracy on the test set, %'); ax.set_title(title); ax.spines[['top', 'right']].set_visible(False)
     fig.savefig(file, dpi=110); plt.close(fig)
 
-# %% ../nbs/26_cli.ipynb #da7ae4a6
+# %% ../nbs/26_cli.ipynb #ee8c5bd7
 @call_parse
 def mae_demo(
     data:str=None,         # fashion or cifar10; by default the setting `dataset`
@@ -349,7 +350,7 @@ def mae_demo(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a small masked autoencoder, show what it sees, and measure what it has learned."
-    with command(debug) as place:
+    with command(mae_demo, debug) as place:
         start, data = time.time(), pick(data or setting('dataset'), SOURCES, 'data set')
         device, (train, test) = get_device(device), load_source(data)
         out = place['out'] = Path(out or next_run(f'demo-{data}'))
@@ -381,4 +382,4 @@ def mae_demo(
         print(f'\ntop-1 accuracy on {len(test):,} test images of {data}, seed {seed}, after {minutes:.1f} minutes')
         for k, v in rows.items(): print(f'   {k:45} {v:6.1%}')
         finish(learn, out)
-        return None if is_cli() else result
+        return None if is_cli(mae_demo) else result
