@@ -32,14 +32,16 @@ from .settings import setting
 # %% ../nbs/13_data.ipynb #d35a68fd
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-# %% ../nbs/13_data.ipynb #7a50aa45
+# %% ../nbs/13_data.ipynb #6ba48c3f
 def to_rgb_or_grey(
     im:Image.Image,  # an opened picture of any mode
     in_chans:int,    # channels wanted: 1 or 3
 ) -> Image.Image:    # mode L or RGB
     "The picture as a person sees it: turned upright, 16 bits scaled to 8, transparency over white."
     im = ImageOps.exif_transpose(im)
-    if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if im.mode.startswith('I'):   # 16 bits, or 32 that hold 8 or 16
+        a = np.asarray(im).astype(np.int64)
+        im = Image.fromarray((a >> (8 if im.mode != 'I' or a.max() > 255 else 0)).clip(0, 255).astype(np.uint8))
     if im.mode == 'F': raise ValueError('floating-point pixels have no agreed range: save the file with 8 or 16 bits')
     if im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in im.info:
         im = im.convert('RGBA')
@@ -55,7 +57,7 @@ def read_image(
     with Image.open(file) as im: a = np.array(to_rgb_or_grey(im, in_chans))
     return torch.from_numpy(a).reshape(*a.shape[:2], in_chans).permute(2, 0, 1)
 
-# %% ../nbs/13_data.ipynb #1dbb698b
+# %% ../nbs/13_data.ipynb #a2e5100e
 @dataclass
 class ImageSet:
     "Images, in memory or as files, and their labels."
@@ -83,6 +85,7 @@ class ImageSet:
 
     def shots(self, per_class:int, seed:int=0) -> 'ImageSet':
         "The same set with a few labelled samples of each class, drawn by seed."
+        if self.labels is None: raise ValueError(f'{self.name} has no labels to draw from')
         ids = [np.flatnonzero(self.labels == c) for c in range(len(self.classes))]
         short = [c for c, i in zip(self.classes, ids) if len(i) < per_class]
         if short: raise ValueError(f'{self.name} has fewer than {per_class} images of {", ".join(map(str, short))}')
@@ -97,7 +100,7 @@ def fashion() -> tuple[ImageSet, ImageSet]:  # training set of 10,000 and test s
     make = lambda part: ImageSet('fashion', a[f'{part}_images'][..., None], a[f'{part}_labels'].astype(np.int64), classes, (.2867,), (.3540,))
     return make('train'), make('test')
 
-# %% ../nbs/13_data.ipynb #bb333840
+# %% ../nbs/13_data.ipynb #899d02cc
 def cifar10(
     data:str|Path|None=None,       # folder with `cifar10/` or `cifar10.tgz`; the setting `data` if None
     downloads:str|Path|None=None,  # where a download is put; the setting `downloads` if None
@@ -111,8 +114,15 @@ def cifar10(
     from fastai.data.external import URLs, untar_data
     return _cifar_folder(untar_data(URLs.CIFAR, archive=downloads, data=data))
 
-def _cifar_sets(parts:dict) -> tuple[ImageSet, ImageSet]:
+def _is_image(file) -> bool:
+    "Whether a file's ending is one of an image format that PIL reads; hidden files are none."
+    formats = {e for e, f in Image.registered_extensions().items() if f in Image.OPEN} - {'.ps', '.eps', '.mpg', '.mpeg', '.h5', '.hdf', '.grib', '.bufr'}
+    return Path(file).suffix.lower() in formats and not Path(file).name.startswith('.')
+
+def _cifar_sets(parts:dict, source) -> tuple[ImageSet, ImageSet]:
     "Both sets from {part: sorted (class, name, file)}."
+    for part, found in parts.items():
+        if not found: raise ValueError(f'{source} holds no images as {part}/<class>/<file>')
     classes = sorted({c for c, *_ in parts['train']})
     def make(part):
         items = np.stack([read_image(f).permute(1, 2, 0).numpy() for *_, f in parts[part]])
@@ -121,25 +131,33 @@ def _cifar_sets(parts:dict) -> tuple[ImageSet, ImageSet]:
     return make('train'), make('test')
 
 def _cifar_folder(folder:Path):
-    found = lambda part: sorted((f.parent.name, f.name, f) for f in (folder/part).glob('*/*') if f.is_file())
-    return _cifar_sets({part: found(part) for part in ('train', 'test')})
+    found = lambda part: sorted((f.parent.name, f.name, f) for f in (folder/part).glob('*/*') if _is_image(f))
+    return _cifar_sets({part: found(part) for part in ('train', 'test')}, folder)
 
 def _cifar_archive(archive:Path):
     parts = dict(train=[], test=[])
-    with tarfile.open(archive) as tar:
-        for m in tar:
-            where = Path(m.name).parts[-3:]
-            if m.isfile() and len(where) == 3 and where[0] in parts: parts[where[0]].append((*where[1:], io.BytesIO(tar.extractfile(m).read())))
-    return _cifar_sets({part: sorted(found, key=lambda x: x[:2]) for part, found in parts.items()})
+    try:
+        with tarfile.open(archive) as tar:
+            for m in tar:
+                part, *where = Path(m.name).parts[-3:]
+                if m.isfile() and len(where) == 2 and part in parts and _is_image(where[1]):
+                    parts[part].append((*where, io.BytesIO(tar.extractfile(m).read())))
+    except (tarfile.TarError, EOFError, OSError) as e:
+        raise ValueError(f'{archive} cannot be read as an archive: fetch it again ({str(e).splitlines()[0]})') from e
+    return _cifar_sets({part: sorted(found, key=lambda x: x[:2]) for part, found in parts.items()}, archive)
 
-# %% ../nbs/13_data.ipynb #5349593f
+# %% ../nbs/13_data.ipynb #ff9afa00
 def image_files(
     folder:Path,  # searched with its subfolders
 ) -> list[Path]:  # sorted
-    "All files whose ending PIL knows as an image's; hidden ones left out."
-    endings = set(Image.registered_extensions())
-    found = (Path(d)/f for d, _, fs in os.walk(folder, followlinks=True) for f in fs)
-    return sorted(f for f in found if f.suffix.lower() in endings and not any(p.startswith('.') for p in f.relative_to(folder).parts))
+    "All files whose ending PIL knows as an image's; links are followed, hidden files and folders left out."
+    found, been = [], set()
+    for d, subfolders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(d) in been: subfolders.clear(); continue   # a link that leads back
+        been.add(os.path.realpath(d))
+        subfolders[:] = [s for s in subfolders if not s.startswith('.')]
+        found += [Path(d)/n for n in names if _is_image(n)]
+    return sorted(found)
 
 # %% ../nbs/13_data.ipynb #7b41670b
 def folder_set(
@@ -228,7 +246,7 @@ def eval_transform(
 class BadImages(RuntimeError):
     "Too many files of a data set could not be read."
 
-# %% ../nbs/13_data.ipynb #1d8b06e7
+# %% ../nbs/13_data.ipynb #0fbcfb86
 class Samples(Dataset):
     "An image set as a torch data set: keyed by (epoch, index), a bad file replaced by a keyed other one."
     def __init__(self,
@@ -248,7 +266,8 @@ class Samples(Dataset):
             try: img = self.images.read(i); break
             except Exception as e:
                 bad.append((i, f'{type(e).__name__}: {e}'))
-                if len(bad) > 20: raise BadImages(f'21 files in a row could not be read, the last {self.images.items[i]}: {e}') from e
+                if len(bad) > 20:   # the loader raises the error: a worker's would come wrapped in a traceback
+                    img, bad = torch.zeros(self.images.in_chans, *self.size, dtype=torch.uint8), [*bad, (None, 'no stand-in found')]; break
                 i = key(self.seed, epoch, index, 'replace', len(bad)) % len(self)
         k = lambda purpose: key(self.seed, epoch, index, purpose)
         img = self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
@@ -274,7 +293,7 @@ class KeyedBatches:
         order = torch.randperm(self.n, generator=generator(key(self.seed, self.epoch, 0, 'order'))) if self.shuffle else torch.arange(self.n)
         for ids in order.split(self.bs)[:len(self)]: yield [(self.epoch, i) for i in ids.tolist()]
 
-# %% ../nbs/13_data.ipynb #31bbb935
+# %% ../nbs/13_data.ipynb #52f28872
 class Loader:
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
     max_bad = .01   # share of bad files above which a run stops
@@ -285,6 +304,7 @@ class Loader:
         num_workers:int=0,   # processes that read and crop
         pin_memory:bool=False,
     ):
+        if bs < 1: raise ValueError(f'a batch needs at least one image, got {bs}')
         if shuffle and bs > len(dataset): raise ValueError(f'batch of {bs} is larger than {dataset.images.name} with {len(dataset)} images: use --bs {len(dataset)} or less')
         self.dataset, self.bs, self.bad = dataset, bs, {}
         self.batches = KeyedBatches(len(dataset), bs, dataset.seed, shuffle, drop_last=shuffle)
@@ -302,15 +322,16 @@ class Loader:
 
     def note(self, bad):
         "Name each bad file once; stop when there are too many."
-        for i, reason in bad:
+        hopeless = any(i is None for i, _ in bad)
+        for i, reason in [b for b in bad if b[0] is not None]:
             if i in self.bad: continue
             self.bad[i] = reason
             print(f'could not read {self.dataset.images.items[i]}, another image stands in for it: {reason}', flush=True)
-        if len(self.bad) > self.max_bad * len(self.dataset):
+        if hopeless or len(self.bad) > self.max_bad * len(self.dataset):
             raise BadImages(f'{len(self.bad)} of {len(self.dataset)} files in {self.dataset.images.name} could not be read, more than {self.max_bad:.0%}: '
                             'remove or mend the files named above')
 
-# %% ../nbs/13_data.ipynb #75cda104
+# %% ../nbs/13_data.ipynb #252dec29
 def get_dls(
     source,                            # a key of `SOURCES`, a folder, or (training, validation) `ImageSet`s
     recipe,                            # a recipe: batch size, crop and flip
@@ -326,7 +347,7 @@ def get_dls(
     in_memory = isinstance(train.items, np.ndarray)
     if num_workers is None: num_workers = 0 if in_memory else min(os.cpu_count() or 1, 8)
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    size, bs, pin = to_pair(img_size), bs or recipe.batch_size, torch.device(device).type == 'cuda'
+    size, bs, pin = to_pair(img_size), recipe.batch_size if bs is None else bs, torch.device(device).type == 'cuda'
     crop = lambda img, k, size: train_transform(img, k, size, recipe.crop_scale, recipe.flip)
     loaders = [Loader(Samples(train, size, seed, crop), bs, True, num_workers, pin)]
     if valid is not None: loaders.append(Loader(Samples(valid, size, seed), bs, False, num_workers, pin))

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['GOLDEN', 'MIX1', 'MIX2', 'PURPOSES', 'mix', 'fold', 'key', 'uniform', 'uniforms', 'generator']
 
-# %% ../nbs/10_keyed.ipynb #438805ef
+# %% ../nbs/10_keyed.ipynb #222df963
 import torch
+
+from .mae import pick
 
 # %% ../nbs/10_keyed.ipynb #491ec742
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # splitmix64's constants
@@ -29,18 +31,18 @@ def mix(
     h = (h ^ shift(h, 27)) * _signed(MIX2)
     return h ^ shift(h, 31)
 
-# %% ../nbs/10_keyed.ipynb #d8d33d5a
+# %% ../nbs/10_keyed.ipynb #5760de5a
 def fold(
     h:int|torch.Tensor,     # a key so far
     part:int|torch.Tensor,  # one more number that it hangs on, in [0, 2**63)
 ) -> int|torch.Tensor:
     "Fold one more number into a key."
     if isinstance(h, torch.Tensor) or isinstance(part, torch.Tensor):
-        if isinstance(h, int): h = _signed(h)
+        h, part = (_signed(x) if isinstance(x, int) else x.long() for x in (h, part))
         return mix((h ^ part) + _signed(GOLDEN))
     return mix((h ^ part) + GOLDEN)
 
-# %% ../nbs/10_keyed.ipynb #568fb69a
+# %% ../nbs/10_keyed.ipynb #3aabda15
 def key(
     seed:int,                   # the run's seed
     epoch:int,                  # epoch, from 0
@@ -50,7 +52,7 @@ def key(
 ) -> int|torch.Tensor:          # 64 bits: an int, or an int64 tensor (b,)
     "A random number's whole reason to be: 64 bits that hang on nothing but these five."
     h = 0
-    for part in (PURPOSES[purpose], seed, epoch, layer, index): h = fold(h, part)
+    for part in (PURPOSES[pick(purpose, PURPOSES, 'purpose')], seed, epoch, layer, index): h = fold(h, part)
     return h
 
 # %% ../nbs/10_keyed.ipynb #e642e85d

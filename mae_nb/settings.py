@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'PATHS', 'read_settings_file', 'read_settings_env', 'setting']
 
-# %% ../nbs/09_settings.ipynb #8f445a46
+# %% ../nbs/09_settings.ipynb #fc755009
+import configparser
 import os
 from pathlib import Path
 
@@ -24,14 +25,15 @@ DEFAULTS = dict(
 )
 PATHS = ('data', 'downloads', 'runs', 'weights')
 
-# %% ../nbs/09_settings.ipynb #6eb9ed11
+# %% ../nbs/09_settings.ipynb #570f9b5a
 def read_settings_file(
     folder:str|Path='.',  # where to look for settings.ini, then its parents
 ) -> dict:                # what its section [mae_nb] says; paths made relative to the file
     "The settings of the nearest settings.ini; a file without a section [mae_nb] is somebody else's and ignored."
-    cfg = Config.find('settings.ini', Path(folder).absolute(), interpolation=None)
+    try: cfg = Config.find('settings.ini', Path(folder).absolute(), interpolation=None)
+    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f'a settings.ini in or above {Path(folder).absolute()} cannot be read: {" ".join(str(e).split())}') from e
     if cfg is None or not cfg._cfg.has_section('mae_nb'): return {}
-    found = dict(cfg._cfg['mae_nb'])
+    found = {k: v for k, v in cfg._cfg['mae_nb'].items() if k not in cfg._cfg.defaults()}
     for k in found: pick(k, DEFAULTS, f'setting in {cfg.config_file}:')
     return {k: str(cfg.config_path/Path(v).expanduser()) if k in PATHS else v for k, v in found.items()}
 
@@ -42,7 +44,7 @@ def read_settings_env() -> dict:
     for k in found: pick(k, DEFAULTS, 'setting in the environment, MAE_NB_ +')
     return found
 
-# %% ../nbs/09_settings.ipynb #67ce3b93
+# %% ../nbs/09_settings.ipynb #58a2654c
 def setting(
     key:str,                # a key of `DEFAULTS`
     flag:str|None=None,     # what the command line said, if it did
@@ -51,4 +53,5 @@ def setting(
     "One setting: a flag beats the environment, which beats settings.ini, which beats the built-in default."
     pick(key, DEFAULTS, 'setting')
     value = (DEFAULTS | read_settings_file(folder) | read_settings_env())[key] if flag is None else flag
+    if not str(value): raise ValueError(f'the setting {key!r} is empty: leave it out, or say where')
     return Path(value).expanduser() if key in PATHS else value
