@@ -194,7 +194,7 @@ def make_run(
     (out/'config.json').write_text(json.dumps(config | dict(versions=versions), indent=1, default=str) + '\n')
     return out
 
-# %% ../nbs/21_engine.ipynb #35cf3919
+# %% ../nbs/21_engine.ipynb #600b7423
 class RunWriter(Callback):
     "Keep a run's folder: a row per epoch in `metrics.csv` and `timing.csv`, TensorBoard events, weights, curves."
     order, board = 55, None
@@ -222,6 +222,8 @@ class RunWriter(Callback):
         self.row('timing.csv', [self.epoch, f'{self.seconds:.3f}', f'{rate:.1f}', f'{memory_gib(self.dls.device):.3f}'])
         for name, v in zip(self.recorder.metric_names[1:], values[1:], strict=True):
             if v is not None: self.board.add_scalar(name, v, self.train_iter)
+        first = self.train_iter - self.steps
+        for step, loss in enumerate(self.recorder.losses[-self.steps:], first): self.board.add_scalar('step_loss', loss, step)
         self.board.add_scalar('lr', lr, self.train_iter)
         self.board.add_scalar('images_per_second', rate, self.train_iter)
         self.board.flush()

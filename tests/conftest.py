@@ -1,14 +1,35 @@
-"""One thread a worker: two workers share two cores."""
+"""One thread a worker, real development data, and commands run as a terminal runs them."""
 import os
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['OMP_NUM_THREADS'] = '1'
 
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
+BIN = Path(sys.executable).parent
+
+@dataclass
+class Said:
+    "What a command printed, complained of, and its exit code."
+    out: str
+    err: str
+    code: int
+
+    @property
+    def line(self):
+        "The one line on the error stream; more than one is a failure."
+        lines = [x for x in self.err.splitlines() if x.strip()]
+        assert len(lines) == 1, self.err
+        return lines[0]
 
 @pytest.fixture
 def shared_data():
@@ -16,3 +37,47 @@ def shared_data():
     folder = Path(__file__).resolve().parents[2]/'shared'/'data'
     if not folder.is_dir(): pytest.skip('no development data beside the checkout (../shared/data)')
     return folder
+
+@pytest.fixture
+def terminal(tmp_path):
+    "Run a console script in a process of its own, in a temporary folder."
+    def run(*words, **env):
+        done = subprocess.run([BIN/words[0], *map(str, words[1:])], capture_output=True, text=True, cwd=tmp_path, env=os.environ | env)
+        return Said(done.stdout, done.stderr, done.returncode)
+    return run
+
+@pytest.fixture
+def forked(tmp_path):
+    "Run a command in a fork of this process, which has imported everything: the same parser and exit codes, without the wait."
+    from fastcore.script import _run_cli
+
+    from mae_nb import cli
+    def run(name, *words, **env):
+        out, err = tmp_path/'.out', tmp_path/'.err'
+        sys.stdout.flush(); sys.stderr.flush()
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                for file, fd in ((out, 1), (err, 2)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+                sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
+                os.chdir(tmp_path); os.environ.update(env)
+                sys.argv = [name, *map(str, words)]
+                _run_cli(getattr(cli, name.replace('-', '_')).__wrapped__, False)
+                code = 0
+            except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+            except BaseException: traceback.print_exc()
+            finally:
+                sys.stdout.flush(); sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        return Said(out.read_text(), err.read_text(), os.waitstatus_to_exitcode(status))
+    return run
+
+@pytest.fixture
+def photos(tmp_path):
+    "A hundred and twenty small pictures in two classes."
+    for i in range(120):
+        folder = tmp_path/'photos'/('odd' if i % 2 else 'even'); folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder/f'{i:03}.png')
+    return tmp_path/'photos'
