@@ -24,7 +24,7 @@ import torch
 from fastcore.script import call_parse, is_cli
 
 from .classifier import classifier_from
-from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, eval_transform, get_dls, load_source, read_image
+from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, get_dls, load_source, read_image
 from .engine import TaskLearner, make_run, memory_gib
 from .finetune import finetune_learner
 from .interop import load_hf, load_mae, read_config, weights_of
@@ -208,7 +208,8 @@ def save_reconstructions(
     "Draw reconstructions into a file."
     ids = np.arange(min(count, len(images)))
     if images.labels is not None: ids = np.sort(np.unique(images.labels, return_index=True)[1])[:count]
-    imgs = torch.stack([eval_transform(images.read(i), model.encoder.img_size) for i in ids])
+    samples = Samples(images, model.encoder.img_size, seed)   # a file that cannot be read has its stand-in here too
+    imgs = torch.stack([samples[0, i][0] for i in ids.tolist()])
     noise = uniform(key(seed, 0, torch.as_tensor(ids), 'mask'), model.num_patches)
     device = next(model.parameters()).device
     fig = show_reconstructions(model, standardize(imgs.to(device), images.mean, images.std), images.mean, images.std, noise.to(device))

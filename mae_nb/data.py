@@ -13,6 +13,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -114,10 +115,15 @@ def cifar10(
     from fastai.data.external import URLs, untar_data
     return _cifar_folder(untar_data(URLs.CIFAR, archive=downloads, data=data))
 
+@cache
+def _image_endings() -> frozenset:
+    "The endings of the image formats that PIL reads, less those of documents, films and measurements."
+    return frozenset(e for e, f in Image.registered_extensions().items() if f in Image.OPEN) - {'.ps', '.eps', '.mpg', '.mpeg', '.h5', '.hdf', '.grib', '.bufr'}
+
 def _is_image(file) -> bool:
-    "Whether a file's ending is one of an image format that PIL reads; hidden files are none."
-    formats = {e for e, f in Image.registered_extensions().items() if f in Image.OPEN} - {'.ps', '.eps', '.mpg', '.mpeg', '.h5', '.hdf', '.grib', '.bufr'}
-    return Path(file).suffix.lower() in formats and not Path(file).name.startswith('.')
+    "Whether a file's ending is an image's; hidden files are none."
+    name = os.path.basename(file)
+    return os.path.splitext(name)[1].lower() in _image_endings() and not name.startswith('.')
 
 def _cifar_sets(parts:dict, source) -> tuple[ImageSet, ImageSet]:
     "Both sets from {part: sorted (class, name, file)}."
@@ -348,7 +354,7 @@ def get_dls(
     if num_workers is None: num_workers = 0 if in_memory else min(os.cpu_count() or 1, 8)
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     size, bs, pin = to_pair(img_size), recipe.batch_size if bs is None else bs, torch.device(device).type == 'cuda'
-    crop = lambda img, k, size: train_transform(img, k, size, recipe.crop_scale, recipe.flip)
+    crop = partial(train_transform, crop_scale=recipe.crop_scale, flip=recipe.flip)   # can be pickled for a loader's worker
     loaders = [Loader(Samples(train, size, seed, crop), bs, True, num_workers, pin)]
     if valid is not None: loaders.append(Loader(Samples(valid, size, seed), bs, False, num_workers, pin))
     dls = DataLoaders(*loaders, device=torch.device(device))

@@ -11,7 +11,6 @@ import csv
 import json
 import math
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -131,9 +130,11 @@ class StopAt(Callback):
         if self.train_iter >= self.steps: raise CancelFitException()
 
 # %% ../nbs/21_engine.ipynb #2c5ae836
-def memory_gib(device:torch.device) -> float:  # peak so far in GiB
+def memory_gib(device:torch.device) -> float:  # peak so far in GiB; NaN where the system does not tell (Windows)
     "Peak memory: the GPU's where there is one, else the process's."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**30
+    try: import resource
+    except ImportError: return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # KiB on Linux, bytes on macOS
     return peak / (2**30 if sys.platform == 'darwin' else 2**20)
 
