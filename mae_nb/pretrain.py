@@ -54,8 +54,8 @@ def pretrain_learner(
     cbs:list[Callable]=(),       # more callbacks
 ) -> TaskLearner:
     "A `Learner` for masked pretraining (section 3 and Table 8 of the paper)."
-    if model.target != recipe.target:
-        raise ValueError(f'the model predicts {model.target!r} and the recipe says target={recipe.target!r}: create the model with that target, or change the recipe')
+    if model.target.name != recipe.target:
+        raise ValueError(f'the model predicts {model.target.name!r} and the recipe says target={recipe.target!r}: create the model with that target, or change the recipe')
     check_channels(dls, model.encoder)
     if dls.train.dataset.seed != seed: raise ValueError(f'the loaders were made with seed {dls.train.dataset.seed}, the learner with {seed}: give both the same')
     return TaskLearner(dls, model, recipe, partial(pretrain_groups, weight_decay=recipe.weight_decay), loss_of,
