@@ -278,6 +278,6 @@ def show_recipe(
     recipe,  # any recipe
 ) -> str:
     "The recipe as a table: the paper's words, the value, its source."
-    sources = {k: v for c in reversed(type(recipe).__mro__) if is_dataclass(c) for k, v in docments(c).items()}
+    sources = {k: v for c in reversed(type(recipe).__mro__) if is_dataclass(c) for k, v in docments(c).items() if v}
     told = lambda v: 'none' if v == '' else ', '.join(map(str, v)) if isinstance(v, tuple) else f'{v:g}' if isinstance(v, float) else str(v)
     return '\n'.join([type(recipe).__doc__, *(f'{_WORDS.get(f.name, f.name):20} {told(getattr(recipe, f.name)):22} {sources[f.name]}' for f in fields(recipe))])
