@@ -10,7 +10,7 @@ __all__ = ['keyed_globals', 'fixed_crop', 'pretrain_transform', 'rand_augment', 
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from .data import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
-from .keyed import PURPOSES, fold, key, uniforms
-from .recipes import AUGMENTS
+from .keyed import PURPOSES, uniforms
 
 # %% ../nbs/14_augment.ipynb #6578c961
 PURPOSES.update(jitter=32, randaugment=33, erase=34, mixup=35)
