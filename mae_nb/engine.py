@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DeviceMean', 'DeviceLoss', 'DeviceRecorder', 'Standardize', 'Autocast', 'StopAt', 'memory_gib', 'Progress',
-           'make_run', 'RunWriter', 'check_channels', 'TaskLearner']
+           'make_run', 'RunWriter', 'processes', 'check_channels', 'TaskLearner']
 
 # %% ../nbs/21_engine.ipynb #adf2decc
 import csv
@@ -22,13 +22,15 @@ import fastai
 import matplotlib.pyplot as plt
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner, Metric, Recorder, TrainEvalCallback
 from fastai.torch_core import to_device
 from fastprogress.fastprogress import IN_NOTEBOOK, format_time, progress_bar
 from torch import nn
 
+from .augment import augment_dls
 from .interop import save_model
-from .optim import Schedule, adamw, warmup_cosine
+from .optim import Accumulate, Schedule, WeightEMA, adamw, optimizer_steps, warmup_cosine
 from .recipes import lr_of
 from .visualize import plot_metrics, read_metrics, standardize
 
@@ -120,14 +122,18 @@ class StopAt(Callback):
     "End training after a number of optimizer steps."
     order, run_valid = 70, False
     def __init__(self,
-        steps:int,  # optimizer steps in all
-    ): self.steps = steps
+        steps:int,         # optimizer steps in all
+        accumulate:int=1,  # batches for one step
+    ): self.steps, self.accumulate = steps, accumulate
+
+    @property
+    def reached(self): return optimizer_steps(self.train_iter, len(self.dls.train), self.accumulate) >= self.steps
 
     def after_batch(self):
-        if self.train_iter >= self.steps: raise CancelTrainException()
+        if self.reached: raise CancelTrainException()
 
     def before_epoch(self):
-        if self.train_iter >= self.steps: raise CancelFitException()
+        if self.reached: raise CancelFitException()
 
 # %% ../nbs/21_engine.ipynb #2c5ae836
 def memory_gib(device:torch.device) -> float:  # peak so far in GiB; NaN where the system does not tell (Windows)
@@ -146,7 +152,7 @@ class Progress(Callback):
 
     def before_fit(self):
         wide = sys.stdout.isatty() and shutil.get_terminal_size().columns >= 70   # the bar would wrap in less
-        self.bar = progress_bar(range(self.total_steps), leave=False) if wide or IN_NOTEBOOK else None
+        self.bar = progress_bar(range(self.total_batches), leave=False) if wide or IN_NOTEBOOK else None
         if self.bar: self.bar.update(0)
         self.start = self.said = time.time()
         self.names = [*list(self.recorder.metric_names), 'img/s', 'left']
@@ -159,7 +165,7 @@ class Progress(Callback):
     @property
     def left(self):
         pace = (time.time() - self.start) / max(self.train_iter, 1)
-        return format_time(pace * (self.total_steps - self.train_iter))
+        return format_time(pace * (self.total_batches - self.train_iter))
 
     def after_batch(self):
         if not self.training: return
@@ -168,8 +174,8 @@ class Progress(Callback):
             if self.bar: self.bar.comment = f'loss {loss:.4f}'
             elif time.time() - self.said > 30:
                 self.said = time.time()
-                self.say(f'step {self.train_iter} of {self.total_steps}: loss {loss:.4f}, {self.left} left')
-        if self.bar and self.train_iter < self.total_steps: self.bar.update(self.train_iter)
+                self.say(f'batch {self.train_iter} of {self.total_batches}: loss {loss:.4f}, {self.left} left')
+        if self.bar and self.train_iter < self.total_batches: self.bar.update(self.train_iter)
 
     def before_train(self): self.began, self.first = time.time(), self.train_iter
     def after_train(self): self.rate = (self.train_iter - self.first) * self.dls.train.bs / (time.time() - self.began)
@@ -228,15 +234,21 @@ class RunWriter(Callback):
         self.board.add_scalar('lr', lr, self.train_iter)
         self.board.add_scalar('images_per_second', rate, self.train_iter)
         self.board.flush()
-        self.save('checkpoints/last.safetensors')
+        self.save('checkpoints/last.safetensors', self.model)
+        if self.evaluated is not self.model: self.save('checkpoints/ema.safetensors', self.evaluated)
 
-    def save(self, name):
+    @property
+    def evaluated(self):
+        ema = getattr(self.learn, 'weight_ema', None)
+        return self.model if ema is None else ema.average.module
+
+    def save(self, name, model):
         images = self.dls.train.dataset.images
         data = dict(name=images.name, mean=images.mean, std=images.std, classes=list(images.classes))
-        save_model(self.model, self.out/name, data)
+        save_model(model, self.out/name, data)
 
     def after_fit(self):
-        self.save('model.safetensors')
+        self.save('model.safetensors', self.evaluated)
         fig = plot_metrics(read_metrics(self.out))
         fig.savefig(self.out/'figures'/'curves.png', dpi=120)
         plt.close(fig)
@@ -244,6 +256,11 @@ class RunWriter(Callback):
 
     def close(self):
         if self.board: self.board.close(); self.board = None
+
+# %% ../nbs/21_engine.ipynb #a21c0002
+def processes() -> int:
+    "How many processes train together."
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
 
 # %% ../nbs/21_engine.ipynb #d9291707
 def check_channels(
@@ -270,21 +287,37 @@ class TaskLearner(Learner):
         max_steps:int|None=None,  # end after so many optimizer steps; the recipe's epochs if None
         valid_every:int=1,     # validate after each so many epochs, and after the last
         metrics:list=(),       # `DeviceMean`s
+        opt_func:Callable|None=None,  # (groups, lr) -> optimizer; AdamW with the recipe's betas if None
         cbs:list=(),           # the task's own callbacks, and yours
     ):
         self.recipe, self.max_steps, self.valid_every = recipe, max_steps, valid_every
-        self.base_rate = lr_of(recipe, dls.train.bs)
+        self.batches_per_step, clip, ema = (getattr(recipe, k, none) for k, none in (('accumulate', 1), ('clip', 0), ('ema', 0)))
+        self.batch = dls.train.bs * processes() * self.batches_per_step
+        if self.batches_per_step > 1 and self.batch != recipe.batch_size:
+            raise ValueError(f'{dls.train.bs} images a batch x {processes()} processes x {self.batches_per_step} accumulated are {self.batch} a step, the recipe says '
+                             f'batch_size={recipe.batch_size}: make the loaders with bs=loader_batch(recipe, {processes()}), or change batch_size')
+        self.base_rate = lr_of(recipe, self.batch)
+        augment_dls(dls, recipe)
         images = dls.train.dataset.images
         own = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Progress()]
         if recipe.amp: own.append(Autocast())
+        if self.batches_per_step > 1: own.append(Accumulate(self.batches_per_step))
+        if clip: own.append(GradientClip(clip))
+        if ema: own.append(WeightEMA(ema))
         if out is not None: own.append(RunWriter(out))
-        if max_steps: own.append(StopAt(max_steps))
+        if max_steps: own.append(StopAt(max_steps, self.batches_per_step))
         super().__init__(dls, model.to(dls.device), loss_func, lr=self.base_rate, splitter=groups, metrics=list(metrics),
-                         opt_func=lambda g, lr: adamw(g, lr, recipe.betas), cbs=[*own, *cbs], default_cbs=False,
+                         opt_func=opt_func or (lambda g, lr: adamw(g, lr, recipe.betas)), cbs=[*own, *cbs], default_cbs=False,
                          path=out)
 
     @property
-    def total_steps(self): return min(self.n_epoch * len(self.dls.train), self.max_steps or math.inf)
+    def steps_per_epoch(self): return -(-len(self.dls.train) // self.batches_per_step)
+
+    @property
+    def total_batches(self):
+        per_epoch, (epochs, steps) = len(self.dls.train), divmod(self.max_steps or 0, self.steps_per_epoch)
+        if not self.max_steps: return self.n_epoch * per_epoch
+        return min(self.n_epoch * per_epoch, epochs * per_epoch + steps * self.batches_per_step)
 
     def _set_device(self, b): return to_device(b, self.dls.device, non_blocking=True)
 
@@ -324,10 +357,12 @@ class TaskLearner(Learner):
 
     def fit_recipe(self):
         "Train as the recipe says: epochs, warm-up, cosine and rates."
-        r, per_epoch = self.recipe, len(self.dls.train)
+        r, per_epoch = self.recipe, self.steps_per_epoch
         epochs = math.ceil(self.max_steps / per_epoch) if self.max_steps else r.epochs
         total = min(self.max_steps or math.inf, epochs * per_epoch)
         warmup = round(min(r.warmup_epochs * per_epoch, r.warmup_epochs / r.epochs * total))   # a short run warms up less
-        print(f'learning rate {r.base_lr:g} x {self.dls.train.bs} / 256 = {self.base_rate:.3g}, '
-              f'{total} steps of {self.dls.train.bs} images', flush=True)
-        self.fit(epochs, cbs=Schedule(lambda step, _: warmup_cosine(step, total, warmup, self.base_rate, r.min_lr)))
+        print(f'learning rate {r.base_lr:g} x {self.batch} / 256 = {self.base_rate:.3g}, {total} steps of {self.batch} images '
+              f'({self.dls.train.bs} a batch x {processes()} processes x {self.batches_per_step} accumulated)', flush=True)
+        if (back := 1 / (1 - getattr(r, 'ema', 0))) > 1 and total < 3 * back:
+            print(f'note: ema={r.ema:g} averages over some {back:.0f} steps, and the run has {total}: the first weights are still in it; a shorter run wants a smaller ema', flush=True)
+        self.fit(epochs, cbs=Schedule(lambda step, _: warmup_cosine(step, total, warmup, self.base_rate, r.min_lr), self.batches_per_step))
