@@ -294,7 +294,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mae_nb.recipes.from_config': ('recipes.html#from_config', 'mae_nb/recipes.py'),
                                 'mae_nb.recipes.loader_batch': ('recipes.html#loader_batch', 'mae_nb/recipes.py'),
                                 'mae_nb.recipes.lr_of': ('recipes.html#lr_of', 'mae_nb/recipes.py'),
-                                'mae_nb.recipes.model_options': ('recipes.html#model_options', 'mae_nb/recipes.py'),
+                                'mae_nb.recipes.mae_options': ('recipes.html#mae_options', 'mae_nb/recipes.py'),
                                 'mae_nb.recipes.show_recipe': ('recipes.html#show_recipe', 'mae_nb/recipes.py')},
             'mae_nb.settings': { 'mae_nb.settings.read_settings_env': ('settings.html#read_settings_env', 'mae_nb/settings.py'),
                                  'mae_nb.settings.read_settings_file': ('settings.html#read_settings_file', 'mae_nb/settings.py'),

@@ -20,7 +20,7 @@ from .keyed import generator, key, uniform
 from .mae import MAE, MASKS, SIZES, create_mae
 from .optim import pretrain_groups
 from .patches import patchify
-from .recipes import PretrainRecipe, model_options
+from .recipes import PretrainRecipe, mae_options
 from .visualize import standardize
 
 # %% ../nbs/22_pretrain.ipynb #6de48736
@@ -53,9 +53,9 @@ def check_model(
 ):
     "Raise a clear error where model and recipe differ."
     own = {p.name: p.default for p in signature(create_mae).parameters.values()} | SIZES[model.config['name']] | model.config
-    for k, said in model_options(recipe).items():
+    for k, said in mae_options(recipe).items():
         if own.get(k, said) != said and (k != 'mask' or own[k] in MASKS):   # a sampler of your own has no name in a recipe
-            raise ValueError(f'the model has {k}={own[k]!r} and the recipe says {k}={said!r}: create the model with **model_options(recipe), or change the recipe')
+            raise ValueError(f'the model has {k}={own[k]!r} and the recipe says {k}={said!r}: create the model with **mae_options(recipe), or change the recipe')
 
 # %% ../nbs/22_pretrain.ipynb #22a0d004
 def fit_target(

@@ -61,7 +61,7 @@ def main(bs, rounds, threads, device, file):
     for _ in range(rounds):
         for name, m in models.items(): times[name].append(seconds(m, imgs, noise))
     rows, paper = {}, median(times['decoder 8 blocks (the paper)'])
-    print(f'\n| variant | GFLOP forward | ms forward + backward | times the paper\'s | kept MiB |\n|---|---|---|---|---|')
+    print("\n| variant | GFLOP forward | ms forward + backward | times the paper's | kept MiB |\n|---|---|---|---|---|")
     for name, options in VARIANTS.items():
         t = median(times[name])
         rows[name] = dict(gflop=gflop(BASE, **options), ms=t / bs * 1e3, ratio=t / paper, kept_mib=kept[name])
