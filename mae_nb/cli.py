@@ -178,9 +178,11 @@ def probe(
     if kind == 'partial':
         model, _ = seeded(seed, classifier_from, encoder, len(sets[0].classes), recipe.pool, recipe.drop_path)
         return measures(finetune(sets, model, recipe, out, blocks=blocks, seed=seed, num_workers=num_workers, device=device, max_steps=max_steps, config=config))
+    once = kind == 'knn' or fast   # features computed once: any batch will do
+    if once: recipe = change(recipe, dict(batch_size=min(recipe.batch_size, len(sets[0]))))
     dls = batches_of(sets, recipe, img_size=encoder.img_size, seed=seed, num_workers=num_workers, device=device)
     told = dict(task=kind, data=sets[0].name, model=encoder.config, recipe=as_config(recipe), seed=seed, max_steps=max_steps, fast=fast) | (config or {})
-    if kind == 'knn' or fast:
+    if once:
         make_run(out, told)
         return _knn(dls, encoder, recipe, out) if kind == 'knn' else _fast_linear(dls, encoder, recipe, out, seed)
     learner = dict(linear=linear_probe_learner, attentive=attentive_probe_learner)[kind]
