@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/27_all.ipynb #59cfea30
+from .augment import *
 from .classifier import *
 from .cli import *
 from .data import *
