@@ -287,7 +287,7 @@ def fit_positions(
         if old_grid[0] * old_grid[1] != n: raise ValueError(f'has {n} positions, which is no square grid: say which it is, old_grid=(rows, columns)')
     if old_grid[0] * old_grid[1] != n: raise ValueError(f'has {n} positions, which is not the grid {old_grid[0]}x{old_grid[1]}')
     if tuple(old_grid) == tuple(grid): return table, ''
-    resized = resize_positions(table[0].float(), old_grid, grid)[None].to(table.dtype)
+    resized = resize_positions(table[0].to(torch.promote_types(table.dtype, torch.float32)), old_grid, grid)[None].to(table.dtype)
     return resized, f'resized from {old_grid[0]}x{old_grid[1]} to {grid[0]}x{grid[1]} patches'
 
 def fit_channels(
@@ -529,7 +529,8 @@ def _check_said(
 ):
     "Raise where the file says that its weights mean something else than the model's."
     said, encoder = weights.said, getattr(model, 'encoder', model)
-    heads = said.get('num_heads', SIZES.get(said.get('name'), {}).get('num_heads'))
+    named = SIZES.get(said.get('name'), {})
+    heads = said.get('num_heads', named.get('num_heads') if weights.own or named.get('dim') == getattr(encoder, 'dim', None) else None)
     if heads and _heads(encoder) and heads != _heads(encoder):
         raise ValueError(f'the weights are of {heads} attention heads and the model has {_heads(encoder)}: create it with num_heads={heads}')
     if not hasattr(model, 'decoder') or 'decoder.pred.weight' not in names: return
