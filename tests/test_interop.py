@@ -20,10 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 
 from mae_nb import interop
 from mae_nb.classifier import create_classifier
-from mae_nb.interop import (
-    CHECKPOINTS, Checkpoint, convert, fill, fit_channels, from_hf, from_official, layout_of, load_hf, load_mae, load_official, load_timm,
-    load_weights, md5_of, model_options, open_weights, ours_of, read_weights, save_hf, save_model, save_official, save_timm, to_hf, to_official, to_timm,
-)
+from mae_nb.interop import *
 from mae_nb.mae import create_mae
 
 DTYPES = pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=['float32', 'float64'])
@@ -217,7 +214,7 @@ def test_timms_mae_checkpoints_are_encoders():
     ours = create_mae('mae_vit_base_patch16', depth=1, decoder_depth=1)
     report = load_timm(ours, theirs.state_dict())
     assert not report.unused and ours.not_loaded == [k for k in ours.state_dict() if k.startswith('decoder.')]
-    for name, c in CHECKPOINTS.items():
+    for name in CHECKPOINTS:
         if not name.startswith('timm/'): continue
         cfg = timm.get_pretrained_cfg(name.removeprefix('timm/'))
         assert cfg.hf_hub_id == name and cfg.license == 'cc-by-nc-4.0' and cfg.url == CHECKPOINTS[cfg.url.split('/')[-1].removesuffix('.pth')].url
