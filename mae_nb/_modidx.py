@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mae_nb.interop._old_grid': ('interop.html#_old_grid', 'mae_nb/interop.py'),
                                 'mae_nb.interop._open_safetensors': ('interop.html#_open_safetensors', 'mae_nb/interop.py'),
                                 'mae_nb.interop._options': ('interop.html#_options', 'mae_nb/interop.py'),
+                                'mae_nb.interop._place_of': ('interop.html#_place_of', 'mae_nb/interop.py'),
                                 'mae_nb.interop._plain_config': ('interop.html#_plain_config', 'mae_nb/interop.py'),
                                 'mae_nb.interop._published': ('interop.html#_published', 'mae_nb/interop.py'),
                                 'mae_nb.interop._read_pickle': ('interop.html#_read_pickle', 'mae_nb/interop.py'),

@@ -76,7 +76,7 @@ def _published(
 ) -> dict:             # name -> `Checkpoint`
     "The published checkpoints of one size."
     fb, hub, nc, vit = 'https://dl.fbaipublicfiles.com/mae', 'https://huggingface.co', 'CC BY-NC 4.0', model.removeprefix('mae_')
-    both = 'its card says Apache 2.0, the official repository CC BY-NC 4.0'
+    both, listed = 'its card says Apache 2.0, the official repository CC BY-NC 4.0', 'the list of its files'
     pre, hf, tm = f'mae_pretrain_vit_{size}', f'facebook/vit-mae-{size}', f'timm/{vit}_224.mae'
     vis, fine, demo = f'mae_visualize_vit_{size}', f'mae_finetuned_vit_{size}', 'demo notebook' if size == 'large' else 'issue 3'
     return {
@@ -84,8 +84,10 @@ def _published(
         f'{pre}_full': Checkpoint(f'{fb}/pretrain/{pre}_full.pth', 'official', 'mae', model, 'norm_pixels', nc, None, 'official issue 8', f'{pre}_full.pth'),
         vis: Checkpoint(f'{fb}/visualize/{vis}.pth', 'official', 'mae', model, 'pixels', nc, None, f'official {demo}', f'{vis}.pth'),
         fine: Checkpoint(f'{fb}/finetune/{fine}.pth', 'timm', 'classifier', model, None, nc, finetune_md5, 'official FINETUNE.md', f'{fine}.pth'),
-        hf: Checkpoint(f'{hub}/{hf}/resolve/main/{hf_file}', 'hf', 'mae', model, 'pixels', both, None, 'the list of its files', hf.replace('/', '--') + Path(hf_file).suffix),
-        tm: Checkpoint(f'{hub}/{tm}/resolve/main/model.safetensors', 'timm', 'encoder', model, 'norm_pixels', nc, None, 'the list of its files', tm.replace('/', '--') + '.safetensors'),
+        hf: Checkpoint(f'{hub}/{hf}/resolve/main/{hf_file}', 'hf', 'mae', model, 'pixels', both, None, listed,
+                       hf.replace('/', '--') + Path(hf_file).suffix),
+        tm: Checkpoint(f'{hub}/{tm}/resolve/main/model.safetensors', 'timm', 'encoder', model, 'norm_pixels', nc, None, listed,
+                       tm.replace('/', '--') + '.safetensors'),
     }
 
 CHECKPOINTS = (_published('base', 'mae_vit_base_patch16', '8cad7c', '1b25e9', 'model.safetensors')
@@ -138,7 +140,16 @@ def _download(
         except (OSError, http.client.HTTPException) as e: why = str(getattr(e, 'reason', e)) or type(e).__name__
         if not left: raise ConnectionError(f'{url} cannot be fetched in {tries} attempts ({why}): what has come is kept, call again to go on')
 
-# %% ../nbs/17_interop.ipynb #aa1a2c57
+# %% ../nbs/17_interop.ipynb #5354e102
+def _place_of(
+    url:str,  # an address
+) -> Path:    # where its file is kept, below the folder for weights
+    "A path for an address, with its host and folders."
+    at = urlparse(url)
+    parts = [x for x in (at.netloc.replace(':', '_'), *unquote(at.path).split('/')) if x not in ('', '.', '..')]
+    if not at.path.strip('/') or url.endswith('/'): raise ValueError(f'{url} names no file')
+    return Path(*parts[:-1], *([at.query.replace('/', '_')] if at.query else []), parts[-1])
+
 def fetch(
     name:str,                   # a key of `CHECKPOINTS`, or an address (http, https or file)
     folder:str|Path|None=None,  # where to keep it; the setting `weights` if None
@@ -147,21 +158,21 @@ def fetch(
     tries:int=5,                # attempts, each going on where the last one broke
 ) -> Path:                      # the file
     "Download published weights once, resumed when cut off and checked where a hash is known."
-    known = None if '://' in str(name) else CHECKPOINTS[pick(str(name), CHECKPOINTS, 'checkpoint')]
+    known = next((c for k, c in CHECKPOINTS.items() if name in (k, c.url)), None)
+    if known is None and '://' not in str(name): pick(str(name), CHECKPOINTS, 'checkpoint')
     url, md5 = (known.url, md5 or known.md5) if known else (str(name), md5)
-    kept_as = known.file if known else Path(unquote(urlparse(url).path)).name
-    if not kept_as: raise ValueError(f'{url} names no file')
-    file = setting('weights', folder)/kept_as
+    file = setting('weights', folder)/(known.file if known else _place_of(url))
     part = file.with_name(file.name + '.part')
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         if known: print(f'fetching {name} ({known.holds}; licence: {known.licence}) from {url}', flush=True)
         _download(url, part, timeout, tries)
     here = file if file.exists() else part
-    if md5 is None: print(f'{kept_as}: no hash of this file is known, so it could not be checked')
+    if md5 is None: print(f'{file.name}: no hash of this file is known, so it could not be checked')
     elif not (found := md5_of(here)).startswith(md5.lower()):
         part.unlink(missing_ok=True)
-        raise ValueError(f'{here} is not the file of {name}: its MD5 begins {found[:len(md5)]} and not {md5}; {"remove it and fetch it again" if here == file else "it was removed, fetch it again"}')
+        now = 'remove it and fetch it again' if here == file else 'it was removed, fetch it again'
+        raise ValueError(f'{here} is not the file of {name}: its MD5 begins {found[:len(md5)]} and not {md5}; {now}')
     if here == part: os.replace(part, file)
     return file
 
@@ -177,7 +188,7 @@ def weights_of(
     raise FileNotFoundError(f'{where} holds no model.safetensors and no checkpoints/last.safetensors')
 
 # %% ../nbs/17_interop.ipynb #a674d266
-_PLAIN = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]   # what may stand in a pickle beside tensors: data, no behaviour
+_PLAIN = [argparse.Namespace, (pathlib.PosixPath, 'pathlib.PosixPath'), (pathlib.PosixPath, 'pathlib._local.PosixPath')]   # data, no behaviour
 
 def _read_pickle(
     file:Path,  # a file of `torch.save`
@@ -209,7 +220,7 @@ def _said_in_args(
     content:dict,  # what an official checkpoint holds
 ) -> dict:         # options of `create_mae`
     "What the official command line says of the model."
-    if isinstance(content.get('config'), dict): return content['config']   # a file of `save_official`
+    if isinstance(content.get('mae_nb'), dict): return content['mae_nb']   # a file of `save_official`
     args = vars(content['args']) if isinstance(content.get('args'), argparse.Namespace) else {}
     name = 'mae_' + str(args.get('model')).removeprefix('mae_')
     said = {'name': name} if name in SIZES else {}
@@ -258,7 +269,8 @@ def _open_safetensors(
     try:
         state = load_file(file)
         with safetensors.safe_open(file, 'pt') as f: ours = json.loads((f.metadata() or {}).get('config', '{}'))
-    except (safetensors.SafetensorError, OSError, ValueError) as e: raise ValueError(f'{file} is not a weights file, it cannot be read as weights: {str(e).splitlines()[0]}') from e
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f'{file} is not a weights file, it cannot be read as weights: {str(e).splitlines()[0]}') from e
     if isinstance(ours, dict) and 'model' in ours: return Weights(state, str(file), ours['model'], ours.get('data'), own=True)
     return Weights(_tensors(state, file), str(file), said | _said_beside(file))
 
@@ -418,10 +430,10 @@ def _check_places(
 ):
     "Raise where another library's model has no place for a tensor, or predicts something else than pixels."
     odd = [k for k in ours if not _PLACES.fullmatch(k)]
-    if odd: raise ValueError(f'{odd[0]} has no place in the {layout} layout, whose model computes something else: use format safetensors, which keeps everything')
+    if odd: raise ValueError(f'{odd[0]} has no place in the {layout} layout, whose model computes something else: only our own format keeps it')
     if 'decoder.pred.weight' in ours and 'encoder.patch_embed.proj.weight' in ours:
         pixels, out = ours['encoder.patch_embed.proj.weight'][0].numel(), ours['decoder.pred.weight'].shape[0]
-        if out != pixels: raise ValueError(f'the decoder predicts {out} numbers a patch, and models of the {layout} layout predict its {pixels} pixels: use format safetensors')
+        if out != pixels: raise ValueError(f'the decoder predicts {out} numbers a patch and models of the {layout} layout its {pixels} pixels: only our own format keeps it')
 
 # %% ../nbs/17_interop.ipynb #fdf85938
 def to_timm(
@@ -492,7 +504,8 @@ def to_hf(
 ) -> dict:      # the same tensors under the names of published checkpoints of transformers
     "Our names turned into transformers', the fused matrix split into q, k and v."
     _check_places(ours, 'hf')
-    if 'fc_norm.weight' in ours: raise ValueError("transformers' ViTForImageClassification reads the class token and has no average pooling: a classifier with pool='avg' has no place there; use format timm")
+    if 'fc_norm.weight' in ours:
+        raise ValueError("transformers' ViTForImageClassification reads the class token and has no average pooling: write a classifier with pool='avg' for timm")
     bare = not any(k.startswith(('decoder.', 'head.')) for k in ours)
     split = {}
     for k, v in ours.items():
@@ -538,10 +551,12 @@ def _check_said(
         raise ValueError(f'the weights are of {heads} attention heads and the model has {_heads(encoder)}: create it with num_heads={heads}')
     if not hasattr(model, 'decoder') and hasattr(model, 'head') and 'head.weight' in names:
         norm, pool = ('fc_norm', 'cls') if hasattr(model, 'fc_norm') else ('encoder.norm', 'avg')
-        if f'{norm}.weight' not in names: raise ValueError(f"the weights are of a classifier with another pooling, without the norm before the model's head: create it with pool={pool!r}, or skip='head.'")
+        if f'{norm}.weight' not in names:
+            raise ValueError(f"the weights are of a classifier with another pooling, without the norm before the model's head: create it with pool={pool!r}, or skip='head.'")
     if not hasattr(model, 'decoder') or 'decoder.pred.weight' not in names: return
-    if said.get('decoder_heads') and said['decoder_heads'] != _heads(model.decoder):
-        raise ValueError(f'the weights are of {said["decoder_heads"]} attention heads in the decoder and the model has {_heads(model.decoder)}: create it with decoder_heads={said["decoder_heads"]}')
+    heads, own_heads = said.get('decoder_heads'), _heads(model.decoder)
+    if heads and own_heads and heads != own_heads:
+        raise ValueError(f'the weights are of {heads} attention heads in the decoder and the model has {own_heads}: create it with decoder_heads={heads}')
     want = getattr(model, 'config', {}).get('target')
     if said.get('target') and want and said['target'] != want:
         raise ValueError(f'the weights predict {said["target"]} and the model {want}: create it with target={said["target"]!r}, or load only its encoder')
@@ -563,7 +578,7 @@ def load_weights(
     layouts:tuple=LAYOUTS,         # those allowed
     strict:bool=False,             # missing or unused tensors are an error
     old_grid:tuple[int, int]|None=None,  # (rows, columns) of its positions, where neither the file says it nor they are a square
-    skip:tuple=(),                 # beginnings of our names to leave out, such as 'head.'
+    skip:tuple=(),                 # beginnings of the model's names to leave out, such as 'head.'
 ) -> LoadReport:
     "Load weights of any known layout."
     weights, skip = open_weights(source), (skip,) if isinstance(skip, str) else tuple(skip)
@@ -659,7 +674,7 @@ def save_official(
     file:str|Path,    # .pth, or .safetensors; written whole or not at all
 ):
     "Write weights for the official code."
-    _write(to_official(ours_of(model)), file, config=_plain_config(getattr(model, 'config', {})))
+    _write(to_official(ours_of(model)), file, mae_nb=_plain_config(getattr(model, 'config', {})))
 
 def save_timm(
     model:nn.Module,  # an MAE, an encoder or a classifier
@@ -683,15 +698,17 @@ def hf_config(
     weight, full, head = ours['encoder.patch_embed.proj.weight'], 'decoder.pred.weight' in ours, ours.get('head.weight')
     depth = lambda part: len({k.split('.')[2] for k in ours if k.startswith(f'{part}.blocks.')})
     square = img_size[0] == img_size[1]
-    if not square and head is None: raise ValueError(f"transformers' ViT-MAE knows square images only, not {img_size[0]}x{img_size[1]}: use format timm or official")
+    if not square and head is None: raise ValueError(f"transformers' ViT-MAE knows square images only, not {img_size[0]}x{img_size[1]}: write them for timm or the official code")
     config = dict(
         architectures=['ViTMAEForPreTraining' if full else 'ViTMAEModel' if head is None else 'ViTForImageClassification'],
         model_type='vit_mae' if head is None else 'vit', image_size=img_size[0] if square else list(img_size), patch_size=weight.shape[-1], num_channels=weight.shape[1],
-        hidden_size=weight.shape[0], num_hidden_layers=depth('encoder'), num_attention_heads=num_heads, intermediate_size=ours['encoder.blocks.0.mlp.fc1.weight'].shape[0],
-        hidden_act='gelu', hidden_dropout_prob=0., attention_probs_dropout_prob=0., qkv_bias=True, layer_norm_eps=1e-6, initializer_range=.02, dtype='float32')
+        hidden_size=weight.shape[0], num_hidden_layers=depth('encoder'), num_attention_heads=num_heads,
+        intermediate_size=ours['encoder.blocks.0.mlp.fc1.weight'].shape[0],
+        hidden_act='gelu', hidden_dropout_prob=0., attention_probs_dropout_prob=0., qkv_bias=True, layer_norm_eps=1e-6, initializer_range=.02,
+        dtype=str(weight.dtype).removeprefix('torch.'))
     if head is not None: config |= dict(id2label={str(i): f'LABEL_{i}' for i in range(len(head))}, label2id={f'LABEL_{i}': i for i in range(len(head))})
     if not full: return config
-    if target not in ('pixels', 'norm_pixels'): raise ValueError(f"transformers' ViT-MAE predicts pixels or norm_pixels, not {target}: use format safetensors")
+    if target not in ('pixels', 'norm_pixels'): raise ValueError(f"transformers' ViT-MAE predicts pixels or norm_pixels, not {target}: only our own format keeps it")
     return config | dict(decoder_hidden_size=ours['decoder.embed.weight'].shape[0], decoder_num_hidden_layers=depth('decoder'), decoder_num_attention_heads=decoder_heads,
                          decoder_intermediate_size=ours['decoder.blocks.0.mlp.fc1.weight'].shape[0], mask_ratio=mask_ratio, norm_pix_loss=target == 'norm_pixels')
 
@@ -743,7 +760,8 @@ def _named_size(
     fits.sort(key=lambda k: to_pair(SIZES[k]['img_size']) != img_size)
     if fits: return fits[0]
     if 'num_heads' in said: return 'mae_vit_base_patch16'
-    raise ValueError(f'no named model is {found["dim"]} wide and {found["depth"]} deep with patches of {found["patch_size"]}, and the number of heads is not in the weights: pass num_heads')
+    size = f'{found["dim"]} wide and {found["depth"]} deep with patches of {found["patch_size"]}'
+    raise ValueError(f'no named model is {size}, and the number of heads is not in the weights: pass num_heads')
 
 # %% ../nbs/17_interop.ipynb #17186bff
 def model_options(
@@ -769,14 +787,15 @@ def _options(
     for heads, dim in (('num_heads', 'dim'), ('decoder_heads', 'decoder_dim')):
         if dim not in found: continue
         if heads in said: options |= {heads: said[heads]} if said[heads] != size[heads] else {}
-        elif dim in options: raise ValueError(f'the number of heads is not in the weights: pass {heads}')
+        elif dim in options: raise ValueError(f'the weights are not of the size of {name}, and the number of heads is not in them: pass {heads}')
     n, p = ours['encoder.pos_embed'].shape[1] - 1, found['patch_size']
     if 'img_size' not in said and math.isqrt(n)**2 != n: raise ValueError(f'the weights have {n} positions, which is no square grid: pass img_size=(rows, columns)')
-    options |= dict(name=name, img_size=to_pair(said.get('img_size', math.isqrt(n) * p)), in_chans=given.get('in_chans', ours['encoder.patch_embed.proj.weight'].shape[1]))
+    options |= dict(name=name, img_size=to_pair(said.get('img_size', math.isqrt(n) * p)), in_chans=ours['encoder.patch_embed.proj.weight'].shape[1])
     if 'head.weight' in ours: options |= dict(num_classes=len(ours['head.weight']), pool='avg' if 'fc_norm.weight' in ours else 'cls')
     if full:
         options |= dict(target=said.get('target', 'norm_pixels')) | ({'mask_ratio': said['mask_ratio']} if 'mask_ratio' in said else {})
-        if 'target' not in said: warnings.warn(f"{weights.where} does not say what its decoder predicts: norm_pixels is assumed; pass target='pixels' if it is that", stacklevel=4)
+        if 'target' not in said:
+            warnings.warn(f"{weights.where} does not say what its decoder predicts: norm_pixels is assumed; pass target='pixels' if it is that", stacklevel=4)
     return options | given
 
 # %% ../nbs/17_interop.ipynb #760b0fba
@@ -791,7 +810,8 @@ def load_mae(
     if weights.own and not any(k.startswith('decoder.') for k in weights.state) or not weights.own and 'target' not in options:
         raise ValueError(f'{at} holds an encoder without a decoder: create the model and load it with load_weights, or take a file that has both')
     if isinstance(options.get('mask', 'random'), str) and options.get('mask', 'random') not in MASKS:
-        raise ValueError(f'{at} was trained with a mask sampler of its own, {options["mask"]!r}: pass it, load_mae(..., mask=...), or one of {", ".join(map(repr, MASKS))}')
+        known = ', '.join(map(repr, MASKS))
+        raise ValueError(f'{at} was trained with a mask sampler of its own, {options["mask"]!r}: pass it, load_mae(..., mask=...), or one of {known}')
     model = create_mae(**options)
     recoloured = 'in_chans' in changes   # then the layer that predicts is new, and model.not_loaded says so
     report = load_weights(model, weights, strict=not recoloured)
@@ -812,12 +832,13 @@ def _write_own(
     file:Path,     # .safetensors
     options:dict,  # for `create_mae` or `create_classifier`
     data:dict|None,  # what the model was trained on, where it is known
+    checked:bool,    # the options came with the tensors, from a file of ours
 ):
     "Write a file of ours without building the model."
     if file.suffix != '.safetensors': raise ValueError(f'{file}: our own files end in .safetensors')
     if _kind(ours) == 'an encoder': raise ValueError('our own files hold whole models, and this is an encoder alone: use format timm')
     if 'num_classes' in options: ours = {k.removeprefix('encoder.'): v for k, v in ours.items()}
-    else:
+    elif not checked:
         with torch.device('meta'): want = create_mae(**options | {'mask': 'random'}).state_dict()
         odd = [k for k in {**want, **ours} if k not in want or k not in ours or want[k].shape != ours[k].shape]
         if odd: raise ValueError(f'{odd[0]} does not fit the model that these weights should be of: {options}')
@@ -833,9 +854,9 @@ def _write_as(
 ) -> list:            # our names of what was left out
     "Write weights in a layout."
     if format == 'timm': state, left = to_timm(ours); _write(state, target); return left
-    if format == 'official': _write(to_official(ours), target, config=_plain_config(weights.said | given)); return []
+    if format == 'official': _write(to_official(ours), target, mae_nb=_plain_config(weights.said | given)); return []
     options = model_options(weights, **given)
-    if format == 'safetensors': _write_own(ours, target, options, weights.data); return []
+    if format == 'safetensors': _write_own(ours, target, options, weights.data, weights.own); return []
     size = _DECODER | SIZES[options['name']] | options
     more = dict(decoder_heads=size['decoder_heads'], target=size.get('target'), mask_ratio=size.get('mask_ratio', .75)) if 'decoder.pred.weight' in ours else {}
     _write_hf(ours, target, img_size=to_pair(size['img_size']), num_heads=size['num_heads'], **more)

@@ -150,7 +150,7 @@ def test_timm(pool, img_size, dtype, tolerance):
         a.square().mean().backward(); b.square().mean().backward()
         grads = {k: p.grad for k, p in other.named_parameters()}
         worst = max((relative(p.grad, grads[k]), k) for k, p in mine.named_parameters() if p.requires_grad)
-        assert worst[0] < 10 * tolerance, worst
+        assert worst[0] < tolerance, worst
 
 @pytest.mark.parametrize('pool', ['avg', 'cls'])
 def test_timm_base(pool, tmp_path):
@@ -166,6 +166,7 @@ def test_timm_base(pool, tmp_path):
     with torch.no_grad(): assert relative(ours(imgs), theirs(imgs)) < 1e-5
     assert save_timm(ours, tmp_path/'back.safetensors') == []
     assert same(read_weights(tmp_path/'back.safetensors'), theirs.state_dict())
+    with torch.no_grad(): assert relative(ours.double()(imgs.double()), theirs.double()(imgs.double())) < 1e-10
 
 # round trips
 
@@ -272,6 +273,12 @@ def test_larger_images_as_timm_does_it():
         with torch.no_grad(): apart[antialias] = relative(ours(imgs), theirs(imgs))
     assert apart[False] < 1e-5 < apart[True] < 1e-2    # timm's default is another cubic: close, and not the same
 
+def test_larger_images_as_transformers_does_it():
+    "A 224 classifier of transformers at 448: its interpolation of positions and ours give the same logits."
+    theirs, imgs = shaken(ViTForImageClassification(ViTConfig(**vit_config(num_labels=10)))), torch.randn(1, 3, 448, 448)
+    ours = small_classifier(pool='cls', img_size=448).eval(); load_hf(ours, theirs.state_dict())
+    with torch.no_grad(): assert relative(ours(imgs), theirs(imgs, interpolate_pos_encoding=True).logits) < 1e-5
+
 @pytest.mark.parametrize('in_chans', [1, 2, 4, 5, 6, 13])
 def test_channels_as_timm_does_it(in_chans):
     weight = torch.randn(8, 3, 4, 4)
@@ -289,7 +296,7 @@ def test_another_number_of_channels(official_state):
 
 def test_load_mae_at_another_size(official_state, tmp_path):
     file = official_file(tmp_path/'checkpoint.pth', official_state)
-    with pytest.raises(ValueError, match='not in the weights: pass num_heads'): load_mae(file)           # base by its name, but narrower
+    with pytest.raises(ValueError, match='not of the size of mae_vit_base_patch16, .* pass num_heads'): load_mae(file)           # base by its name, but narrower
     model = load_mae(file, img_size=(224, 448), num_heads=3, decoder_heads=4)
     assert model.encoder.grid == (14, 28) and model.config['target'] == 'norm_pixels' and not model.training
     save_model(model, tmp_path/'wide.safetensors')
@@ -361,6 +368,14 @@ def test_another_target_is_refused(official_state, tmp_path):
         assert len(str(e.value).splitlines()) == 1
         assert same(before, model.state_dict())
     load_weights(small_mae(target='pixels').encoder, tmp_path/'hf')
+
+def test_a_head_behind_another_pooling_is_refused(tmp_path):
+    for pool, other in (('avg', 'cls'), ('cls', 'avg')):
+        theirs, model = timm_vit(num_classes=10, pool='avg' if pool == 'avg' else 'token'), small_classifier(pool=other)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"with another pooling, .* create it with pool='{pool}'"): load_timm(model, theirs.state_dict())
+        assert same(before, model.state_dict())
+        assert load_timm(model, theirs.state_dict(), skip='head.').missing[-2:] == ['head.weight', 'head.bias']
 
 def test_other_heads_are_refused(tmp_path):
     "The same shapes mean another model with another number of heads."
