@@ -24,6 +24,7 @@ import shutil
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,9 @@ def _published(
 CHECKPOINTS = (_published('base', 'mae_vit_base_patch16', '8cad7c', '1b25e9', 'model.safetensors')
                | _published('large', 'mae_vit_large_patch16', 'b8b06e', '51f550', 'pytorch_model.bin')
                | _published('huge', 'mae_vit_huge_patch14', '9bdbb0', '2541f2', 'pytorch_model.bin'))
+_gan = 'mae_visualize_vit_large_ganloss'   # trained with a GAN loss besides, of which no code was published
+CHECKPOINTS[_gan] = Checkpoint(f'https://dl.fbaipublicfiles.com/mae/visualize/{_gan}.pth', 'official', 'mae', 'mae_vit_large_patch16', 'pixels',
+                               'CC BY-NC 4.0', None, 'official demo notebook', f'{_gan}.pth')
 
 # %% ../nbs/17_interop.ipynb #67f5761e
 def md5_of(
@@ -196,6 +200,9 @@ def _read_pickle(
     "What a pickle holds, where that is tensors and plain data; nothing in it is run."
     first_line = lambda e: (str(e).splitlines() or [type(e).__name__])[0]
     try:
+        if zipfile.is_zipfile(file):   # torch itself does not look at the checksums
+            with zipfile.ZipFile(file) as z: damaged = z.testzip()
+            if damaged: raise ValueError(f'the checksum of {damaged} in it is wrong, it was damaged on the way')
         with torch.serialization.safe_globals(_PLAIN): return torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         names = re.search(r'GLOBAL (\S+)', str(e))

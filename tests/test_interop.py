@@ -70,10 +70,11 @@ def official_state(): return {k: v.clone() for k, v in shaken(OfficialShape()).s
 ARGS = argparse.Namespace(model='mae_vit_base_patch16', norm_pix_loss=True, mask_ratio=.75, input_size=224, batch_size=64, blr=1.5e-4, device='cuda',
                           data_path='/data/imagenet', output_dir=pathlib.PosixPath('/checkpoint/mae'), distributed=True, gpu=0)
 
-def official_file(path, state, **args):
+def official_file(path, state, zipped=True, **args):
     "A checkpoint as the official training script leaves it: tensors, optimizer, loss scaler and the command line."
     optimizer = dict(state={0: dict(step=7, exp_avg=torch.ones(3), exp_avg_sq=torch.ones(3))}, param_groups=[dict(lr=.1, betas=(.9, .95), params=[0])])
-    torch.save(dict(model=state, optimizer=optimizer, epoch=799, scaler=dict(scale=65536., growth_factor=2.), args=argparse.Namespace(**vars(ARGS) | args)), path)
+    torch.save(dict(model=state, optimizer=optimizer, epoch=799, scaler=dict(scale=65536., growth_factor=2.), args=argparse.Namespace(**vars(ARGS) | args)), path,
+               _use_new_zipfile_serialization=zipped)
     return path
 
 # parity, weights copied both ways
@@ -179,8 +180,9 @@ def test_official_names_of_the_paper(name, tensors):
         theirs = OfficialShape(size['dim'], size['depth'], 512, 8, size['patch_size']).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()} and len(ours) == tensors
 
-def test_official_round_trip(official_state, tmp_path):
-    file = official_file(tmp_path/'checkpoint-799.pth', official_state)
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_official_round_trip(zipped, official_state, tmp_path):
+    file = official_file(tmp_path/'checkpoint-799.pth', official_state, zipped)
     ours = small_mae()
     report = load_official(ours, file, strict=True)
     assert len(report.loaded) == len(official_state) and ours.not_loaded == []
@@ -244,6 +246,19 @@ def test_a_converted_classifier(tmp_path):
     again = create_classifier(**model_options(tmp_path/'back.safetensors'))
     load_weights(again, tmp_path/'back.safetensors', strict=True)
     assert same(again.state_dict(), clf.state_dict())
+
+@pytest.mark.parametrize('odd', [dict(mlp_ratio=2.), dict(patch_size=8, img_size=64), dict(in_chans=1), dict(depth=1, decoder_depth=1), dict(img_size=(96, 96)),
+                                 dict(decoder_dim=32, decoder_heads=2), dict(dim=64, num_heads=8)], ids=str)
+def test_models_are_built_from_their_files(odd, tmp_path):
+    "Every size comes back from a file of transformers, and from an official one with the heads said; the same numbers come out."
+    model = shaken(small_mae(**dict(img_size=64) | odd))
+    save_hf(model, tmp_path/'hf'); convert(tmp_path/'hf', tmp_path/'x.safetensors', 'safetensors')
+    torch.save(to_official(model.state_dict()), tmp_path/'official.pth')
+    heads = dict(num_heads=model.config.get('num_heads', 12), decoder_heads=model.config.get('decoder_heads', 16), target='norm_pixels')
+    imgs, noise = torch.randn(2, model.encoder.in_chans, *model.encoder.img_size), torch.rand(2, model.num_patches)
+    for again in (load_mae(tmp_path/'hf'), load_mae(tmp_path/'x.safetensors'), load_mae(tmp_path/'official.pth', **heads)):
+        assert same(again.state_dict(), model.state_dict())
+        with torch.no_grad(): assert torch.equal(again(imgs, noise=noise).pred, model(imgs, noise=noise).pred)
 
 # sizes and channels
 
@@ -329,13 +344,14 @@ def wrong_files(folder, state):
     text = folder/'text.pth'; text.write_text('<html>404 Not Found</html>')
     archive = folder/'archive.pth'
     with zipfile.ZipFile(archive, 'w') as z: z.writestr('data', 'nothing')
+    bit = folder/'bit.pth'; data = bytearray(good.read_bytes()); data[len(data) // 2] ^= 1; bit.write_bytes(data)
     torch.save(dict(model=OfficialShape(dim=64).state_dict()), folder/'narrow.pth')
     torch.save(dict(model=OfficialShape(depth=5).state_dict()), folder/'deep.pth')
     torch.save(OfficialShape(chans=4, patch=8).state_dict(), folder/'patch.pth')
     torch.save(timm.create_model('resnet18').state_dict(), folder/'resnet.pth')
     torch.save(state | {'blocks.0.attn.qkv.weight': 'text'}, folder/'words.pth')
     torch.save(state | {'blocks.0.norm1.weight': torch.zeros(96, dtype=torch.long)}, folder/'integers.pth')
-    return dict(cut=(cut, 'cannot be read'), short=(short, 'cannot be read'), header=(header, 'cannot be read'), damaged=(damaged, 'cannot be read'),
+    return dict(cut=(cut, 'cannot be read'), bit=(bit, 'the checksum of .* is wrong'), short=(short, 'cannot be read'), header=(header, 'cannot be read'), damaged=(damaged, 'cannot be read'),
                 trap=(trap, 'is not opened: it wants to call .*exec'), old_trap=(old_trap, 'is not opened: it wants to call .*exec'), text=(text, 'cannot be read'),
                 archive=(archive, 'cannot be read'), narrow=(folder/'narrow.pth', 'create the model with the size'), deep=(folder/'deep.pth', 'blocks: 5 in the weights and 3 in the model'),
                 patch=(folder/'patch.pth', 'has shape'), resnet=(folder/'resnet.pth', 'none of the .* tensors has a name'),
