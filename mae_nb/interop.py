@@ -288,7 +288,9 @@ def _said_beside(
     if not (beside := file.with_name('config.json')).is_file(): return {}
     try: config = json.loads(beside.read_text())
     except ValueError as e: raise ValueError(f'{beside} is not JSON: {e}') from e
-    return _said_in_config(config) if isinstance(config, dict) else {}
+    if not isinstance(config, dict) or config.get('model_type') not in ('vit_mae', 'vit'): return {}
+    if config.get('hidden_act', 'gelu') != 'gelu': raise ValueError(f'{beside}: its model computes with {config["hidden_act"]} where ours has gelu')
+    return _said_in_config(config)
 
 def read_weights(
     source:str|Path|dict,  # as for `open_weights`
@@ -808,6 +810,7 @@ def _options(
 # %% ../nbs/17_interop.ipynb #760b0fba
 def load_mae(
     where:str|Path|dict,  # a run folder, a weights file of any layout with a decoder, a folder of transformers, a key of `CHECKPOINTS`, or a state dict
+    old_grid:tuple[int, int]|None=None,  # (rows, columns) of its positions, where neither the file says it nor they are a square
     **changes,            # options of `create_mae` that the file does not tell (name, target, num_heads, ...), or that are to be others (img_size, mask, ...)
 ) -> MAE:
     "A pretrained masked autoencoder, built and filled from its file."
@@ -821,7 +824,7 @@ def load_mae(
         raise ValueError(f'{at} was trained with a mask sampler of its own, {options["mask"]!r}: pass it, load_mae(..., mask=...), or one of {known}')
     model = create_mae(**options)
     recoloured = 'in_chans' in changes   # then the layer that predicts is new, and model.not_loaded says so
-    report = load_weights(model, weights, strict=not recoloured)
+    report = load_weights(model, weights, strict=not recoloured, old_grid=old_grid)
     if report.missing: warnings.warn(f'{at}: {report}', stacklevel=2)
     return model.eval()
 
@@ -874,11 +877,13 @@ def convert(
     target:str|Path,  # the file to write, or for hf the folder; must not be there yet
     format:str,       # official, timm, hf, or safetensors: our own
     predicts:str|None=None,  # what the decoder predicts, where the file does not say it: pixels or norm_pixels
-    **given,          # other options of the model that the file does not tell: name, num_heads, decoder_heads, img_size
+    **given,          # other options of the model that the file does not tell: name, num_heads, decoder_heads, img_size; None says nothing
 ) -> str:             # what was done, to be printed
     "Convert weights from one layout to another; returns a text that says what was read, written and left out."
     pick(format, FORMATS, 'format')
-    target, weights, given = Path(target), open_weights(source), given | ({} if predicts is None else {'target': predicts})
+    target, weights = Path(target), open_weights(source)
+    given = {k: v for k, v in (given | {'target': predicts}).items() if v is not None}
+    if predicts and weights.said.get('target', predicts) != predicts: raise ValueError(f'{weights.where} says that it predicts {weights.said["target"]}, not {predicts}')
     if target.exists(): raise FileExistsError(f'{target} is there already: name another or remove it')
     try:
         ours = to_ours(weights.state)
