@@ -298,14 +298,15 @@ def read_weights(
     "Read a state dict; code in a file is never run."
     return open_weights(source).state
 
-# %% ../nbs/17_interop.ipynb #ef61f28e
+# %% ../nbs/17_interop.ipynb #69fd6a23
 def fit_positions(
-    table:torch.Tensor,             # positions (1, 1 + n, d), the class token's first
+    table:torch.Tensor,             # positions (1, cls + n, d), the class token's first
     grid:tuple[int, int],           # (rows, columns) wanted
     old_grid:tuple[int, int]|None=None,  # (rows, columns) it was made for; if None this grid where n agrees, or else a square
+    cls:int=1,                      # rows before the patches': 1 for the class token, or 0
 ) -> tuple[torch.Tensor, str]:      # the table for the grid, and what was done, '' if nothing
     "Positions for another grid of patches, by bicubic interpolation."
-    n = table.shape[1] - 1
+    n = table.shape[1] - cls
     if old_grid is None:
         old_grid = grid if n == grid[0] * grid[1] else (math.isqrt(max(n, 0)),) * 2
         if old_grid[0] * old_grid[1] != n: raise ValueError(f'has {n} positions, which is no square grid: say which it is, old_grid=(rows, columns)')
@@ -344,7 +345,7 @@ def _adapt(
         new, old = own[k].shape, state[k].shape
         try:
             if k.endswith('pos_embed') and grid is not None and len(old) == 3 and old[::2] == new[::2]:
-                state[k], what = fit_positions(state[k], grid, old_grid)
+                state[k], what = fit_positions(state[k], grid, old_grid, cls=new[1] - grid[0] * grid[1])
             elif k.endswith('patch_embed.proj.weight') and len(old) == 4 and (old[0], *old[2:]) == (new[0], *new[2:]):
                 state[k], what = fit_channels(state[k], new[1])
             else: continue
