@@ -19,11 +19,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from .data import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
-from .keyed import PURPOSES, uniforms
+from .keyed import uniforms
 
 # %% ../nbs/14_augment.ipynb #6578c961
-PURPOSES.update(jitter=32, randaugment=33, erase=34, mixup=35)
-
 @contextmanager
 def keyed_globals(
     k:int,  # one key from `key`
