@@ -31,11 +31,14 @@ class Unwatch(Callback):
     def after_batch(self):
         if self.training: self.watch.mode.__exit__(None, None, None); self.watch.counts[self.train_iter] = list(self.watch.mode.seen)
 
-@pytest.mark.parametrize('task', ['pretrain', 'finetune'])
+EVERYTHING = dict(mixup=.8, cutmix=1., erase=.25, ema=.9, clip=1., accumulate=2, batch_size=20)   # what Table 11 and more can ask for
+
+@pytest.mark.parametrize('task', ['pretrain', 'finetune', 'everything'])
 def test_no_copy_between_log_lines(task):
     train, test = load_source('fashion')
-    recipe = change(RECIPES[f'{task}_fashion'], dict(batch_size=10, epochs=1, warmup_epochs=0, amp=True) | (dict(drop_path=.1) if task == 'finetune' else {}))
-    dls = get_dls((train.shots(50), None), recipe, img_size=28)
+    more = dict(pretrain={}, finetune=dict(drop_path=.1), everything=dict(drop_path=.1) | EVERYTHING)[task]
+    recipe = change(RECIPES['pretrain_fashion' if task == 'pretrain' else 'finetune_fashion'], dict(batch_size=10, epochs=1, warmup_epochs=0, amp=True) | more)
+    dls = get_dls((train.shots(50), None), recipe, img_size=28, bs=10)
     if task == 'pretrain': learn = pretrain_learner(dls, create_mae('mae_vit_nano_patch4_28', in_chans=1, target='pixels'), recipe, cbs=[Watch(), Unwatch()])
     else: learn = finetune_learner(dls, create_classifier('mae_vit_nano_patch4_28', 10, in_chans=1, drop_path=.1), recipe, cbs=[Watch(), Unwatch()])
     learn.fit_recipe()
