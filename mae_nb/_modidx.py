@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mae_nb.augment.Augment.__call__': ('augment.html#augment.__call__', 'mae_nb/augment.py'),
                                 'mae_nb.augment._erasing': ('augment.html#_erasing', 'mae_nb/augment.py'),
                                 'mae_nb.augment._is_ours': ('augment.html#_is_ours', 'mae_nb/augment.py'),
+                                'mae_nb.augment._posterize': ('augment.html#_posterize', 'mae_nb/augment.py'),
                                 'mae_nb.augment._rand_augment': ('augment.html#_rand_augment', 'mae_nb/augment.py'),
                                 'mae_nb.augment.augment_dls': ('augment.html#augment_dls', 'mae_nb/augment.py'),
                                 'mae_nb.augment.augment_of': ('augment.html#augment_of', 'mae_nb/augment.py'),

@@ -3,7 +3,9 @@ import itertools
 
 import pytest
 import torch
+from PIL import Image
 
+from mae_nb.interop import load_mae
 from mae_nb.mae import MASKS, SIZES, create_mae
 from mae_nb.patches import patchify
 
@@ -76,3 +78,16 @@ def test_nothing_hidden_leaks_into_the_encoder():
         hidden = out.mask.view(2, 1, 7, 1, 7, 1).expand(2, 3, 7, 4, 7, 4).reshape(imgs.shape).bool()
         assert torch.equal(model(torch.where(hidden, 9., imgs), noise=noise).pred, out.pred)
         assert patchify(hidden.float(), 4).mean(-1).eq(out.mask).all()
+
+@pytest.mark.parametrize('options', [('target=pca', 'target_size=8'), ('target=tokens', 'target_size=16', 'mask=block', 'mask_ratio=.5'),
+                                     ('decoder=cross', 'decode_ratio=.5', 'mask=grid'), ('encoder_mask_tokens=True', 'loss_on=all', 'decoder_depth=2', 'decoder_dim=32')])
+def test_every_option_is_a_flag_of_the_command(forked, tmp_path, photos, options):
+    "Trained, written, read again, shown."
+    flags = [x for o in options for x in ('--set', o)]
+    got = forked('mae-pretrain', 'photos', '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', *flags, '--max-steps', '2', '--bs', '20', '--num-workers', '0', '--out', 'run')
+    assert got.code == 0 and ('fitted on' in got.out) == ('target_size' in str(options)), got
+    config = load_mae(tmp_path/'run').config
+    for o in options: assert str(config[o.split('=')[0]]).lstrip('0') == o.split('=')[1].lstrip('0')
+    Image.new('RGB', (40, 40), 'red').save(tmp_path/'a.png')
+    got = forked('mae-show', 'run', 'a.png', '--out', 'shown.png')
+    assert got.code == 0 and (tmp_path/'shown.png').stat().st_size > 1000, got.err
