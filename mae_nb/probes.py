@@ -200,7 +200,7 @@ def linear_probe_learner(
     cbs:list=(),              # more callbacks
 ) -> TaskLearner:
     "A `Learner` for linear probing on augmented images (Table 10 of the paper)."
-    groups = lambda m: param_groups(m.head, recipe.weight_decay, lambda name, p: p.ndim <= 1)
+    groups = lambda m: param_groups(m, recipe.weight_decay, lambda name, p: p.ndim <= 1)
     return _probe_learner(dls, model, recipe, partial(LinearHead, pool=recipe.pool), groups, seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=cbs,
                           opt_func=lambda g, lr: lars(g, lr, recipe.momentum))
 
@@ -240,7 +240,7 @@ def attentive_probe_learner(
     cbs:list=(),              # more callbacks
 ) -> TaskLearner:
     "A `Learner` for attentive probing: a layer of attention on a frozen encoder."
-    groups = lambda m: param_groups(m.head, recipe.weight_decay, lambda name, p: p.ndim <= 1)
+    groups = lambda m: param_groups(m, recipe.weight_decay, lambda name, p: p.ndim <= 1)
     return _probe_learner(dls, model, recipe, partial(AttentiveHead, queries=recipe.queries), groups, seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=cbs)
 
 # %% ../nbs/25_probes.ipynb #b25a0026
