@@ -17,7 +17,15 @@ from mae_nb.finetune import finetune_learner
 from mae_nb.mae import create_mae
 from mae_nb.optim import finetune_groups, lars, param_groups, pretrain_groups
 from mae_nb.pretrain import pretrain_learner
-from mae_nb.probes import AttentiveHead, FrozenProbe, LinearHead, attentive_probe_learner, linear_probe_learner, partial_learner, thaw
+from mae_nb.probes import (
+    AttentiveHead,
+    FrozenProbe,
+    LinearHead,
+    attentive_probe_learner,
+    linear_probe_learner,
+    partial_learner,
+    thaw,
+)
 from mae_nb.recipes import RECIPES, AttentiveRecipe, LinearRecipe, PartialRecipe, ScratchRecipe, change
 
 # ---- who is in which group: name, learning-rate scale, weight decay; '-' is frozen --------------------------------------------------
