@@ -55,5 +55,5 @@ if __name__ == '__main__':
     check_readme()
     run('ruff', 'check')
     run('nbdev-test', 'nbs', '--n-workers', '2', '--cell-timeout', '300')
-    run('pytest', '-n', '2')
+    run('pytest', '-n', '2', '--dist', 'worksteal')   # the tutorial is as long as all else
     print('all checks passed')

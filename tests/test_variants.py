@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_nb.interop import load_mae
+from mae_nb.interop import load_mae, save_model
 from mae_nb.mae import MASKS, SIZES, create_mae
 from mae_nb.patches import patchify
+from mae_nb.targets import TokenTarget
 
 SMALL = dict(img_size=28, in_chans=3, dim=32, depth=2, num_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2)
 
@@ -91,3 +92,27 @@ def test_every_option_is_a_flag_of_the_command(forked, tmp_path, photos, options
     Image.new('RGB', (40, 40), 'red').save(tmp_path/'a.png')
     got = forked('mae-show', 'run', 'a.png', '--out', 'shown.png')
     assert got.code == 0 and (tmp_path/'shown.png').stat().st_size > 1000, got.err
+
+def test_a_published_tokenizer_plugs_in(tmp_path):
+    "The discrete VAE of DALL-E, as transformers has it: BEiT's teacher, behind the small interface of targets. Its weights cannot be had here."
+    from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+    class Dvae(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codebook = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=16, num_blocks_per_group=1, vocab_size=64)).eval()
+            self.vocab_size = 64
+        def forward(self, imgs):   # eight pixels a token: the image at half its size for patches of 16
+            half = torch.nn.functional.interpolate(imgs, scale_factor=.5, mode='bicubic', antialias=True)
+            return self.codebook.get_codebook_indices(half).flatten(1)
+
+    torch.manual_seed(0)
+    options = dict(img_size=(64, 96), dim=32, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    model = create_mae('mae_vit_base_patch16', target=TokenTarget(16, 3, tokenizer=Dvae()), **options)
+    imgs = torch.randn(2, 3, 64, 96)
+    assert model.target(imgs).shape == (2, 24) and model(imgs).pred.shape == (2, 24, 64)
+    check_step(model)
+    save_model(model, tmp_path/'m.safetensors')
+    again = load_mae(tmp_path/'m.safetensors', target=TokenTarget(16, 3, tokenizer=Dvae()))
+    assert torch.equal(again.target(imgs), model.target(imgs))
+    with pytest.raises(ValueError, match='decoder.pred.weight has shape'): load_mae(tmp_path/'m.safetensors')   # our own codebook is no stand-in
