@@ -331,9 +331,12 @@ class TaskLearner(Learner):
         if due: super()._do_epoch_validate(ds_idx, dl)
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
-        "Loss and metrics of a validation set; the run's folder and bar are left alone."
+        "Loss and metrics of a validation set; the run's folder, record and bar are left alone."
         writers = [cb for cb in self.cbs if isinstance(cb, (RunWriter, Progress))]
-        with self.removed_cbs(writers): return super().validate(ds_idx, dl, cbs)
+        kept = {k: vars(self.recorder)[k] for k in ('lrs', 'iters', 'losses', 'values') if k in vars(self.recorder)}
+        try:
+            with self.removed_cbs(writers): return super().validate(ds_idx, dl, cbs)
+        finally: vars(self.recorder).update(kept)
 
     def fit(self,
         n_epoch:int,          # passes over the training set
