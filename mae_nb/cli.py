@@ -288,7 +288,7 @@ def mae_pretrain(
     set:Annotated[str, {'action': 'append'}]=None,  # field=value: change a field of the recipe; repeatable
     epochs:int=None,       # passes over the data; by default the recipe's
     max_steps:int=None,    # end after so many steps
-    bs:int=None,           # images in a batch; by default the recipe's
+    bs:int=None,           # images in an optimizer step; by default the recipe's
     seed:int=0,            # of weights, order, crops and masks
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
