@@ -14,16 +14,15 @@ from functools import cache
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from .data import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
-from .keyed import PURPOSES, uniforms
+from .keyed import uniforms
 
 # %% ../nbs/14_augment.ipynb #6578c961
-PURPOSES.update(jitter=32, randaugment=33, erase=34, mixup=35)
-
 @contextmanager
 def keyed_globals(
     k:int,  # one key from `key`
@@ -66,12 +65,18 @@ def pretrain_transform(
     with keyed_globals(k('jitter')): return _JITTER(img)
 
 # %% ../nbs/14_augment.ipynb #ad337ad3
+def _posterize(img, bits, **_):
+    "Keep the upper bits; none of them makes the image black, where Pillow refuses."
+    return ImageOps.posterize(img, bits) if bits else Image.new(img.mode, img.size)
+
 @cache
 def _rand_augment(config:str, side:int, fill:tuple):
     "timm's RandAugment as `create_transform` of the official fine-tuning sets it up."
     from timm.data.auto_augment import rand_augment_transform   # timm is slow to import
-    from PIL import Image
-    return rand_augment_transform(config, dict(translate_const=int(side * .45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
+    op = rand_augment_transform(config, dict(translate_const=int(side * .45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
+    for o in op.ops:
+        if o.name.startswith('Posterize'): o.aug_fn = _posterize
+    return op
 
 def rand_augment(
     img:torch.Tensor,  # image (c, h, w), uint8, of 1 or 3 channels

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .encoder import Encoder
-from .interop import LoadReport, fill, read_config, read_weights, weights_of
+from .interop import LoadReport, fill, load_weights, model_options, open_weights
 from .keyed import key
 from .mae import MAE, SIZES, pick
 
@@ -80,15 +80,15 @@ def classifier_from(
 
 # %% ../nbs/23_classifier.ipynb #b2300004
 def load_encoder(
-    where:str|Path,  # a run folder, or its .safetensors file
+    where:str|Path,  # a run folder, or a weights file of any layout that `load_weights` reads
+    **given,         # options that the file does not tell, or that are to be others: name, num_heads, img_size, in_chans, ...
 ) -> tuple[Encoder, LoadReport]:  # with a `config`
-    "The encoder of a run."
-    file = weights_of(where)
-    config = {k: v for k, v in read_config(file)['model'].items() if k in ('name', *ENCODER_OPTIONS)}
-    encoder, state = Encoder(**encoder_options(**config)), read_weights(file)
-    state = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')} or state   # of an autoencoder or a probe, or else a classifier's
-    report = fill(encoder, {k: v for k, v in state.items() if k in encoder.state_dict()})
-    if lacking := [k for k in report.missing if not k.startswith('norm.')]: raise ValueError(f'{file} lacks {len(lacking)} of the encoder\'s tensors, such as {lacking[0]}')
+    "The encoder in a run or in anybody's weights."
+    weights = open_weights(where)
+    config = {k: v for k, v in model_options(weights, target='pixels', **given).items() if k in ('name', *ENCODER_OPTIONS)}   # which target plays no part here
+    encoder = Encoder(**encoder_options(**config))
+    report = load_weights(encoder, weights)
+    if lacking := [k for k in report.missing if not k.startswith('norm.')]: raise ValueError(f'{where} lacks {len(lacking)} of the encoder\'s tensors, such as {lacking[0]}')
     encoder.config = config
     return encoder.eval(), report
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_MODELS', 'PROBES', 'Terminated', 'one_line', 'command', 'next_run', 'get_device', 'default_model',
            'default_recipe', 'with_flags', 'batches_of', 'pretrain', 'finetune', 'probe', 'measures', 'labelled',
-           'foreign_mae', 'read_picture', 'save_reconstructions', 'finish', 'mae_pretrain', 'mae_finetune', 'mae_probe',
-           'mae_show', 'judge', 'draw_table', 'mae_demo']
+           'read_picture', 'save_reconstructions', 'finish', 'mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show',
+           'mae_convert', 'judge', 'draw_table', 'mae_demo']
 
 # %% ../nbs/26_cli.ipynb #9d9c1684
 import errno
@@ -27,12 +27,12 @@ from .classifier import classifier_from, create_classifier, load_encoder, seeded
 from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, get_dls, load_source, read_image
 from .engine import TaskLearner, make_run, memory_gib, processes
 from .finetune import finetune_learner, write_classes
-from .interop import load_hf, load_mae, read_config, weights_of
+from .interop import convert, load_mae, open_weights
 from .keyed import generator, key, uniform
 from .mae import create_mae, pick
 from .pretrain import pretrain_learner
 from .probes import attentive_probe_learner, features, knn_probe, linear_probe, linear_probe_learner, partial_learner, pixels
-from .recipes import RECIPES, as_config, change, loader_batch
+from .recipes import RECIPES, as_config, change, loader_batch, mae_options
 from .settings import setting
 from .visualize import show_reconstructions, standardize
 
@@ -125,7 +125,7 @@ def pretrain(
     config:dict=None,  # more for `config.json`
 ) -> TaskLearner:
     "Pretrain into a run folder."
-    model = seeded(seed, create_mae, name, img_size=img_size, in_chans=sets[0].in_chans, target=recipe.target, mask_ratio=recipe.mask_ratio)
+    model = seeded(seed, create_mae, name, img_size=img_size, in_chans=sets[0].in_chans, **mae_options(recipe))
     dls = batches_of(sets, recipe, img_size=model.encoder.img_size, seed=seed, num_workers=num_workers, device=device)
     out = make_run(out, dict(task='pretrain', data=sets[0].name, model=model.config, recipe=as_config(recipe), seed=seed, max_steps=max_steps) | (config or {}))
     learn = pretrain_learner(dls, model, recipe, seed=seed, out=out, max_steps=max_steps)
@@ -222,19 +222,6 @@ def labelled(
     n = max(len(train) // 10, 1)
     print(f'{train.name} has no validation set: {n} of its {len(train)} images, drawn by seed, are held out for it')
     return train.take(np.sort(order[n:])), train.take(np.sort(order[:n]))
-
-# %% ../nbs/26_cli.ipynb #f8897af6
-def foreign_mae(
-    file:str,    # transformers' ViT-MAE weights
-    name:str,    # a key of `SIZES`
-    target:str,  # a key of `TARGETS`
-):
-    "A masked autoencoder with weights from elsewhere; without a trained decoder it is refused."
-    model = create_mae(name, target=target)
-    report = load_hf(model, file)
-    print(f'{file}: {report}')
-    if report.missing: raise ValueError(f'{file} lacks {len(report.missing)} of the tensors of {name}, such as {report.missing[-1]}: a reconstruction would be noise')
-    return model.eval()
 
 # %% ../nbs/26_cli.ipynb #535aed86
 def read_picture(
@@ -334,7 +321,7 @@ def mae_finetune(
         if from_scratch: net = seeded(seed, create_classifier, model or default_model(data), len(sets[0].classes), r.pool, r.drop_path, img_size=img_size, in_chans=sets[0].in_chans)
         else:
             net, report = seeded(seed, classifier_from, start[0], len(sets[0].classes), r.pool, r.drop_path)
-            print(f'{weights_of(weights)}: {report}')
+            print(f'{weights}: {report}')
         out = place['out'] = Path(out or next_run(task))
         learn = finetune(sets, net, r, out, seed=seed, num_workers=num_workers, device=device, max_steps=max_steps, config=dict(weights=weights and str(weights)))
         finish(learn, out)
@@ -369,7 +356,7 @@ def mae_probe(
         r = with_flags(RECIPES[pick(recipe or default_recipe(data, kind), RECIPES, 'recipe')], set, epochs, bs)
         if type(r) is not type(RECIPES[kind]): raise ValueError(f'--recipe {recipe} is a {type(r).__name__}, the {kind} probe needs a {type(RECIPES[kind]).__name__}')
         device, (encoder, report), sets = get_device(device), load_encoder(weights), labelled(load_source(data), seed)
-        print(f'{weights_of(weights)}: {report}')
+        print(f'{weights}: {report}')
         out = place['out'] = Path(out or next_run(kind))
         found = probe(kind, sets, encoder, r, out, blocks=1 if blocks is None else int(blocks) if blocks == int(blocks) else blocks, fast=fast, seed=seed, num_workers=num_workers,
                       device=device, max_steps=max_steps, config=dict(weights=str(weights)))
@@ -384,12 +371,14 @@ def mae_probe(
 # %% ../nbs/26_cli.ipynb #c1e67299
 @call_parse
 def mae_show(
-    where:str,             # a pretraining's run folder, its .safetensors file, or transformers' ViT-MAE weights (with --model)
+    where:str,             # a pretraining's run folder, weights of any layout, or the name of published ones
     *images:str,           # image files
     out:str='reconstructions.png',  # the picture to write
     model:str=None,        # the model's name, for weights that do not say it themselves
-    target:str='norm_pixels',       # what those weights predict: pixels or norm_pixels
+    target:str=None,       # what the decoder predicts (pixels, norm_pixels), for weights that do not say it
+    img_size:int=None,     # side of the images in pixels; by default the one it was trained at
     mask_ratio:float=None, # share of patches removed, in (0, 1); by default the model's own
+    mask:str=None,         # random, block or grid; by default the model's own
     seed:int=0,            # of the masks
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     debug:bool=False,      # show the whole traceback of an error
@@ -397,17 +386,28 @@ def mae_show(
     "Draw what a masked autoencoder makes of your images."
     with command(mae_show, debug):
         if not images: raise ValueError('name at least one image file')
-        if model: mae, mean, std = foreign_mae(where, model, target), IMAGENET_MEAN, IMAGENET_STD
-        else:
-            mae, data = load_mae(where), read_config(weights_of(where))['data']
-            mean, std = data['mean'], data['std']
+        said = dict(name=model, target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
+        mae, data = load_mae(where, **{k: v for k, v in said.items() if v is not None}), open_weights(where).data
+        mean, std = (data['mean'], data['std']) if data else (IMAGENET_MEAN, IMAGENET_STD)
         pics = torch.stack([eval_transform(read_picture(f, len(mean)), mae.encoder.img_size) for f in images])
         mae, pics = mae.to(get_device(device)), pics.to(get_device(device))
-        if mask_ratio is not None: mae.mask_ratio = mask_ratio
         noise = uniform(key(seed, 0, torch.arange(len(pics), device=pics.device), 'mask'), mae.num_patches)
         fig = show_reconstructions(mae, standardize(pics, mean, std), mean, std, noise)
         fig.savefig(out, dpi=110); plt.close(fig)
         print(f'picture     {out}')
+
+# %% ../nbs/26_cli.ipynb #c0a7e001
+@call_parse
+def mae_convert(
+    source:str,            # weights of any layout: a file, a run folder, a folder of transformers, or the name of published ones
+    to:str,                # the file to write, or for hf the folder; must not be there yet
+    format:str='safetensors',  # official, timm, hf, or safetensors: our own
+    target:str=None,       # what the decoder predicts (pixels, norm_pixels), for weights that do not say it
+    model:str=None,        # the model's name, for weights that do not say it
+    debug:bool=False,      # show the whole traceback of an error
+):
+    "Turn weights of one layout into another's."
+    with command(mae_convert, debug): print(convert(source, to, format, target, **({} if model is None else dict(name=model))))
 
 # %% ../nbs/26_cli.ipynb #91e5cc21
 def judge(

@@ -352,6 +352,7 @@ class TaskLearner(Learner):
         try: super().fit(n_epoch, lr=rates, **kwargs)
         finally:
             self.opt.zero_grad()   # an interrupted step leaves gradients
+            if getattr(self, 'train_iter', 0): self.model.not_loaded = []   # what no file had filled is trained now
             for cb in self.cbs:
                 if hasattr(cb, 'close'): cb.close()
 

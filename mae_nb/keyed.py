@@ -12,7 +12,7 @@ from .mae import pick
 
 # %% ../nbs/10_keyed.ipynb #491ec742
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # splitmix64's constants
-PURPOSES = {p: i for i, p in enumerate(('order', 'crop', 'flip', 'replace', 'mask', 'drop_path', 'split', 'shots', 'init'))}
+PURPOSES = {p: i for i, p in enumerate(('order', 'crop', 'flip', 'replace', 'mask', 'drop_path', 'split', 'shots', 'init', 'target', 'jitter', 'randaugment', 'erase', 'mixup'))}
 
 def _signed(x:int) -> int: return x - 2**64 if x >= 2**63 else x
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .decoder import Decoder
+from .decoder import CrossDecoder, Decoder
 from .encoder import Encoder, to_pair
-from .masking import Mask, given_mask, num_keep, random_mask
-from .targets import TARGETS, masked_mse
+from .masking import Mask, block_mask, gather_tokens, given_mask, grid_mask, num_keep, random_mask
+from .targets import TARGETS, masked_mean
 
 # %% ../nbs/08_mae.ipynb #e2919a86
 def pick(
@@ -43,30 +43,36 @@ SIZES = {
     'mae_vit_nano_patch4_28': dict(img_size=28, patch_size=4, dim=128, depth=3, num_heads=4,
                                    decoder_dim=64, decoder_depth=1, decoder_heads=2),
 }
-MASKS = {'random': random_mask}
+MASKS = {'random': random_mask, 'block': block_mask, 'grid': grid_mask}
 
 # %% ../nbs/08_mae.ipynb #5a09c319
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns."
     loss: torch.Tensor  # one number
-    pred: torch.Tensor  # predictions (b, n, p*p*c) of all patches, masked or not
+    pred: torch.Tensor  # predictions (b, n, out_dim) of all patches, masked or not; a `CrossDecoder` in training gives the chosen ones only
     mask: torch.Tensor  # (b, n), 1 = removed
 
 # %% ../nbs/08_mae.ipynb #ba75afbf
 class MAE(nn.Module):
     "A masked autoencoder: encode the visible patches, predict the others."
     def __init__(self,
-        encoder:Encoder,             # sees the visible patches
-        decoder:Decoder,             # predicts all patches
-        target:str='norm_pixels',    # what to predict: a key of `TARGETS`
-        mask:str|Callable='random',  # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) -> Mask
-        mask_ratio:float=.75,        # share of patches removed, in (0, 1)
+        encoder:Encoder,                 # sees the visible patches
+        decoder:Decoder|CrossDecoder,    # predicts all patches, or chosen ones
+        target:nn.Module,                # what to predict: one of `TARGETS`, made for the encoder's patches
+        mask:str|Callable='random',      # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) -> Mask
+        mask_ratio:float=.75,            # share of patches removed, in (0, 1)
+        loss_on:str='masked',            # 'masked': the loss looks at removed patches only; 'all': at every patch
+        decode_ratio:float=1.,           # share of removed patches that a `CrossDecoder` predicts in training, in (0, 1]
     ):
         super().__init__()
-        self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
-        self.target = pick(target, TARGETS, 'target')
+        self.encoder, self.decoder, self.target = encoder, decoder, target
+        self.mask_ratio, self.loss_on, self.decode_ratio = mask_ratio, pick(loss_on, ('masked', 'all'), 'loss_on'), decode_ratio
         self.sampler = mask if callable(mask) else MASKS[pick(mask, MASKS, 'mask')]
+        self.partial = isinstance(decoder, CrossDecoder)
         num_keep(self.num_patches, mask_ratio)
+        if not 0 < decode_ratio <= 1: raise ValueError(f'decode_ratio must be above 0 and at most 1, got {decode_ratio}')
+        if decode_ratio < 1 and not self.partial: raise ValueError(f"decode_ratio={decode_ratio} has no effect on this decoder, which predicts all patches: use decoder='cross'")
+        if self.partial and loss_on == 'all': raise ValueError("loss_on='all' has no effect with decoder='cross', which predicts removed patches only: use decoder='self'")
 
     @property
     def num_patches(self): return self.encoder.grid[0] * self.encoder.grid[1]
@@ -77,8 +83,8 @@ class MAE(nn.Module):
         for name, x in (('noise', noise), ('mask', mask)):
             if x is not None and tuple(x.shape) != shape: raise ValueError(f'{name} must have shape {shape} (batch, patches), got {tuple(x.shape)}')
         if mask is not None:
-            if noise is not None or mask_ratio is not None: raise ValueError('a given mask leaves no use for noise or mask_ratio: give one of them')
-            return given_mask(mask)
+            if mask_ratio is not None: raise ValueError('a given mask leaves no use for mask_ratio: give one of them')
+            return given_mask(mask, noise)
         if noise is None: noise = torch.rand(shape, device=imgs.device)
         return self.sampler(noise, self.encoder.grid, self.mask_ratio if mask_ratio is None else mask_ratio)
 
@@ -90,9 +96,19 @@ class MAE(nn.Module):
     ) -> MAEOutput:
         self.encoder.check(imgs)
         m = self.make_mask(imgs, mask_ratio, noise, mask)
-        pred = self.decoder(self.encoder(imgs, m), m.ids_restore)
-        target = TARGETS[self.target](imgs, self.encoder.patch_size)
-        return MAEOutput(masked_mse(pred, target, m.mask), pred, m.mask)
+        tokens, target = self.encoder(imgs, m), self.target(imgs)
+        if self.partial and self.training:
+            ids = self.chosen(m)
+            pred = self.decoder(tokens, ids)
+            wanted = target.gather(1, ids) if target.ndim == 2 else gather_tokens(target, ids)
+            return MAEOutput(self.target.error(pred, wanted).mean(), pred, m.mask)
+        pred = self.decoder(tokens) if self.partial else self.decoder(tokens, m.ids_restore)
+        error = self.target.error(pred, target)
+        return MAEOutput(error.mean() if self.loss_on == 'all' else masked_mean(error, m.mask), pred, m.mask)
+
+    def chosen(self, m:Mask):  # -> (b, m) the removed patches that are predicted in training
+        n, k = m.ids_restore.shape[1], m.ids_keep.shape[1]
+        return m.ids_restore.argsort(dim=1)[:, k:k + max(int(self.decode_ratio * (n - k)), 1)]
 
     def encode(self,
         imgs:torch.Tensor,             # standardised images (b, c, h, w)
@@ -109,19 +125,38 @@ def create_mae(
     *,
     img_size:int|tuple[int, int]|None=None,      # side or (rows, columns) in pixels; the size's own if None
     in_chans:int=3,                              # channels c
-    target:str='norm_pixels',                    # what to predict: a key of `TARGETS`
-    mask:str|Callable='random',                  # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) -> Mask
-    mask_ratio:float=.75,                        # share of patches removed, in (0, 1)
-    **kwargs,                                    # other entries of the size: patch_size, dim, depth, decoder_depth, ...
+    target:str|nn.Module='norm_pixels',          # what to predict: a key of `TARGETS`, or a target (Table 1d)
+    target_size:int|None=None,                   # components of 'pca' (96 if None), words of 'tokens' (512 if None)
+    mask:str|Callable='random',                  # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) -> Mask (Table 1f)
+    mask_ratio:float=.75,                        # share of patches removed, in (0, 1) (Figure 5)
+    loss_on:str='masked',                        # 'masked' patches or 'all' (section 4.1)
+    encoder_mask_tokens:bool=False,              # mask tokens in the encoder instead of the decoder (Table 1c)
+    decoder:str='self',                          # 'self': self-attention over all patches; 'cross': cross-attention, as CrossMAE
+    decode_ratio:float=1.,                       # share of removed patches predicted in training, in (0, 1]; below 1 only with 'cross'
+    **kwargs,                                    # other entries of the size: patch_size, dim, depth, decoder_dim, decoder_depth, ... (Table 1a, 1b)
 ) -> MAE:
-    "A masked autoencoder by name."
+    "A masked autoencoder by name; every row of the paper's Table 1 is an option."
     size = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16, mlp_ratio=4.) | SIZES[pick(name, SIZES, 'model')]
     for k in kwargs: pick(k, size, 'option of create_mae')
     size |= kwargs | ({} if img_size is None else {'img_size': img_size})
-    dec = {k: size.pop(f'decoder_{k}') for k in ('dim', 'depth', 'heads')}
-    encoder = Encoder(in_chans=in_chans, **size)
-    decoder = Decoder(encoder.grid, encoder.dim, size['patch_size']**2 * in_chans, dec['dim'], dec['depth'], dec['heads'], size['mlp_ratio'])
-    model = MAE(encoder, decoder, target, mask, mask_ratio)
-    model.config = dict(name=name, img_size=to_pair(size.pop('img_size')), in_chans=in_chans, target=target,
-                        mask=mask if isinstance(mask, str) else getattr(mask, '__name__', repr(mask)), mask_ratio=mask_ratio, **kwargs)
+    dim, depth, heads = (size.pop(f'decoder_{k}') for k in ('dim', 'depth', 'heads'))
+    encoder = Encoder(in_chans=in_chans, mask_tokens=encoder_mask_tokens, **size)
+    aim = _target(target, target_size, size['patch_size'], in_chans)
+    shape = encoder.grid, encoder.dim, aim.out_dim, dim, depth, heads, size['mlp_ratio']
+    if pick(decoder, ('self', 'cross'), 'decoder') == 'self': dec = Decoder(*shape, mask_tokens=not encoder_mask_tokens)
+    elif encoder_mask_tokens: raise ValueError("encoder_mask_tokens leaves no gap for decoder='cross' to fill: use decoder='self'")
+    else: dec = CrossDecoder(*shape)
+    model = MAE(encoder, dec, aim, mask, mask_ratio, loss_on, decode_ratio)
+    changed = dict(target_size=(target_size, None), loss_on=(loss_on, 'masked'), encoder_mask_tokens=(encoder_mask_tokens, False), decoder=(decoder, 'self'), decode_ratio=(decode_ratio, 1.))
+    model.config = dict(name=name, img_size=to_pair(size['img_size']), in_chans=in_chans, target=aim.name, mask=mask if isinstance(mask, str) else mask.__name__,
+                        mask_ratio=mask_ratio) | {k: v for k, (v, default) in changed.items() if v != default} | kwargs
     return model
+
+def _target(target, size, patch_size, in_chans):
+    "The target itself, made by name or checked."
+    if isinstance(target, nn.Module):
+        if size is not None: raise ValueError('target_size has no effect on a target that is made already')
+        return target
+    takes_size = pick(target, TARGETS, 'target') in ('pca', 'tokens')
+    if size is not None and not takes_size: raise ValueError(f'target_size={size} has no effect with target={target!r}')
+    return TARGETS[target](patch_size, in_chans, **({} if size is None else dict(size=size)))

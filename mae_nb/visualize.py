@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
 
-from .patches import denormalize_patches, normalize_patches, patchify, unpatchify
+from .patches import patchify, unpatchify
 
 # %% ../nbs/18_visualize.ipynb #9c51d8eb
 def channel_values(
@@ -52,13 +52,15 @@ def reconstruct(
     noise:torch.Tensor|None=None,  # uniform random numbers (b, n) for the mask
     mask:torch.Tensor|None=None,   # or a mask (b, n) of your own, 1 = removed
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # prediction, visible patches pasted into it, mask; (b, c, h, w), the mask (b, 1, h, w)
-    "The model's picture of the images; normalised patches get the true patches' mean and deviation."
+    "The model's picture of the images, as its target turns predictions into pixels; normalised ones borrow the true patches' mean and deviation."
+    if lacking := [k for k in getattr(model, 'not_loaded', ()) if k.startswith('decoder.')]:
+        raise ValueError(f'the decoder was never loaded ({len(lacking)} tensors are missing, such as {lacking[0]}), so a reconstruction would be noise: load weights that hold a decoder, or train')
     was = model.training
     try: out = model.eval()(imgs, noise=noise, mask=mask)
     finally: model.train(was)
     p, grid = model.encoder.patch_size, model.encoder.grid
-    patches, pred = patchify(imgs, p), out.pred.float()
-    if model.target == 'norm_pixels': pred = denormalize_patches(pred, *normalize_patches(patches)[1:])
+    patches = patchify(imgs, p)
+    pred = model.target.pixels(out.pred, patches)
     pasted = torch.where(out.mask[..., None].bool(), pred, patches)
     where = out.mask[..., None].expand(-1, -1, p * p)
     return unpatchify(pred, p, grid), unpatchify(pasted, p, grid), unpatchify(where, p, grid)
@@ -75,7 +77,7 @@ def show_reconstructions(
     "A column an image: original, what the encoder sees, prediction, prediction with the visible patches pasted in."
     pred, pasted, mask = reconstruct(model, imgs, noise)
     real, pred, pasted = (unstandardize(x, mean, std) for x in (imgs, pred, pasted))
-    leak = ',\ntrue patch mean and std' if model.target == 'norm_pixels' else ''
+    leak = f',\n{model.target.shows}' if model.target.shows else ''
     rows = [('original', real), (f'visible, {1 - mask.mean():.0%}', torch.where(mask.bool(), .6, real)),
             (f'prediction{leak}', pred), ('visible pasted in', pasted)]
     fig, axs = plt.subplots(4, len(imgs), figsize=(side * len(imgs) + 1.4, side * 4), squeeze=False, layout='constrained')

@@ -17,4 +17,5 @@ def test_the_python_example_runs(monkeypatch):
 def test_every_command_it_names_is_there():
     from importlib.metadata import entry_points
     there = {e.name for e in entry_points(group='console_scripts') if e.value.startswith('mae_nb.')}
-    assert set(re.findall(r'\bmae-[a-z]+\b', README)) <= there | {'mae-nb'}
+    named = set(re.findall(r'(?:^|`|&& )(mae-[a-z]+)', README, re.M))
+    assert {'mae-demo', 'mae-convert'} <= named <= there
