@@ -275,7 +275,7 @@ def mae_pretrain(
     set:Annotated[str, {'action': 'append'}]=None,  # field=value: change a field of the recipe; repeatable
     epochs:int=None,       # passes over the data; by default the recipe's
     max_steps:int=None,    # end after so many steps
-    bs:int=None,           # images in a batch; by default the recipe's
+    bs:int=None,           # images in an optimizer step; by default the recipe's
     seed:int=0,            # of weights, order, crops and masks
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
@@ -298,7 +298,7 @@ def mae_finetune(
     weights:Annotated[str, {'opt': False, 'nargs': '?'}]=None,  # a run folder or .safetensors file; none with --from-scratch
     from_scratch:bool=False,  # train a new model with labels alone (Table 11)
     model:str=None,        # with --from-scratch: a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
-    img_size:int=None,     # with --from-scratch: side of the images in pixels; by default the model's own
+    img_size:int=None,     # side of the images in pixels, such as 448: positions are resized; by default the weights' or the model's own
     out:str=None,          # the run folder, new or empty; by default a new one in the setting `runs`
     recipe:str=None,       # a recipe's name; by default the data set's own, for a folder the paper's
     set:Annotated[str, {'action': 'append'}]=None,  # field=value: change a field of the recipe; repeatable
@@ -313,10 +313,10 @@ def mae_finetune(
     "Fine-tune a pretrained encoder with labels, end to end, or train a new one from scratch."
     with command(mae_finetune, debug) as place:
         if from_scratch == (weights is not None): raise ValueError('name either the weights to start from or --from-scratch')
-        if not from_scratch and (model or img_size): raise ValueError('--model and --img-size need --from-scratch: weights bring their own')
+        if not from_scratch and model: raise ValueError('--model needs --from-scratch: weights bring their own')
         task = 'scratch' if from_scratch else 'finetune'
         r = with_flags(RECIPES[pick(recipe or default_recipe(data, task), RECIPES, 'recipe')], set, epochs, bs)
-        device, start = get_device(device), None if from_scratch else load_encoder(weights)
+        device, start = get_device(device), None if from_scratch else load_encoder(weights, **({} if img_size is None else dict(img_size=img_size)))
         sets = labelled(load_source(data), seed)
         if from_scratch: net = seeded(seed, create_classifier, model or default_model(data), len(sets[0].classes), r.pool, r.drop_path, img_size=img_size, in_chans=sets[0].in_chans)
         else:

@@ -236,6 +236,8 @@ RECIPES = {
     'partial_100': PartialRecipe(epochs=100),
     'partial_200': PartialRecipe(epochs=200),
     'attentive': AttentiveRecipe(),
+    'attentive_l': AttentiveRecipe(queries=16),                    # one query a head, as for B
+    'attentive_h': AttentiveRecipe(queries=16),
     'knn': KnnRecipe(),
     # small models on small images, tuned for two CPU cores
     'pretrain_fashion': PretrainRecipe(epochs=25, warmup_epochs=2.5, batch_size=128, base_lr=4e-3, target='pixels', crop_scale=(1., 1.), amp=False),

@@ -471,3 +471,20 @@ def test_commands(forked, tmp_path):
                         (('mae-finetune', 'pets', 'scratch', '--bs', '40'), 'use --bs 8 or less')):
         got = forked(*words, '--out', 'never')
         assert got.code == 2 and said in got.line and not (tmp_path/'never').exists(), got
+
+# ---- the study's shortcut -----------------------------------------------------------------------------------------------------------
+
+def test_the_study_s_cached_prefixes_are_the_model(sets):
+    "tests/bench/cifar_protocols.py trains the last blocks on tokens computed once: the same answers as the whole classifier's."
+    import importlib.util
+    from pathlib import Path
+    spec = importlib.util.spec_from_file_location('cifar_protocols', Path(__file__).parent/'bench'/'cifar_protocols.py')
+    study = importlib.util.module_from_spec(spec); spec.loader.exec_module(study)
+    mae = create_mae('mae_vit_nano_patch4_28', in_chans=1, **MAE_TINY | dict(depth=study.DEPTH)).eval()
+    model = classifier_from(mae, 10)[0].eval()
+    x, mirrored = study.views(sets[1].take(range(20)), 'cpu')
+    assert torch.equal(mirrored, x.flip(-1))
+    cached = study.prefixes(mae.encoder, x, [0, 2, 5, 6], bs=7)
+    with torch.no_grad():
+        want = model(x)
+        for start, tokens in cached.items(): assert (study.tail(model, start, tokens.float()) - want).abs().max() < .01 * want.abs().max(), start
