@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mae_nb.data._cifar_sets': ('data.html#_cifar_sets', 'mae_nb/data.py'),
                              'mae_nb.data._image_endings': ('data.html#_image_endings', 'mae_nb/data.py'),
                              'mae_nb.data._is_image': ('data.html#_is_image', 'mae_nb/data.py'),
+                             'mae_nb.data._leave_ctrl_c': ('data.html#_leave_ctrl_c', 'mae_nb/data.py'),
                              'mae_nb.data.cifar10': ('data.html#cifar10', 'mae_nb/data.py'),
                              'mae_nb.data.collate': ('data.html#collate', 'mae_nb/data.py'),
                              'mae_nb.data.crop_box': ('data.html#crop_box', 'mae_nb/data.py'),

@@ -10,6 +10,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SOURCES', 'to_rgb_or_grey', 'read_i
 # %% ../nbs/13_data.ipynb #e5520a6f
 import io
 import os
+import signal
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -300,6 +301,10 @@ class KeyedBatches:
         for ids in order.split(self.bs)[:len(self)]: yield [(self.epoch, i) for i in ids.tolist()]
 
 # %% ../nbs/13_data.ipynb #52f28872
+def _leave_ctrl_c(worker:int):
+    "Ctrl-C reaches every process of a terminal; the main one alone answers it, and ends the workers."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 class Loader:
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
     max_bad = .01   # share of bad files above which a run stops
@@ -314,7 +319,7 @@ class Loader:
         if shuffle and bs > len(dataset): raise ValueError(f'batch of {bs} is larger than {dataset.images.name} with {len(dataset)} images: use --bs {len(dataset)} or less')
         self.dataset, self.bs, self.bad = dataset, bs, {}
         self.batches = KeyedBatches(len(dataset), bs, dataset.seed, shuffle, drop_last=shuffle)
-        self.dl = DataLoader(dataset, batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
+        self.dl = DataLoader(dataset, batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory, worker_init_fn=_leave_ctrl_c,
                              persistent_workers=num_workers > 0, generator=torch.Generator())
 
     def __len__(self): return len(self.batches)

@@ -106,7 +106,7 @@ def test_a_signal_leaves_what_was_done(tmp_path, photos, signum, code):
     os.killpg(p.pid, signum) if signum == signal.SIGINT else p.send_signal(signum)
     err = p.communicate(timeout=60)[1]
     lines = [x for x in err.splitlines() if x.strip()]
-    assert p.returncode == code and len(lines) == 1 and 'what was done so far is in run' in lines[0], err
+    assert p.returncode == code and len(lines) == 1 and 'what was done so far is in run' in lines[0], (p.returncode, err)
     assert len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) >= 2
     assert load_mae(tmp_path/'run').encode(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
