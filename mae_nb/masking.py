@@ -53,10 +53,11 @@ def random_mask(
 def mask_from_removed(
     removed:torch.Tensor,  # (b, n) bool, True = removed; the same number in each image
     k:int,                 # number of patches kept
-    noise:torch.Tensor,    # uniform random numbers (b, n): the order among the kept, and among the removed
+    noise:torch.Tensor,    # random numbers (b, n): the order among the kept, and among the removed
 ) -> Mask:
     "A mask of which it is known who goes; both halves are shuffled by the noise."
-    return mask_from_order((removed + noise).argsort(dim=1, stable=True), k)
+    order = noise.argsort(dim=1, stable=True)
+    return mask_from_order(order.gather(1, removed.gather(1, order).int().argsort(dim=1, stable=True)), k)
 
 # %% ../nbs/03_masking.ipynb #05b7e2dc
 def given_mask(
@@ -115,7 +116,8 @@ def grid_mask(
     k = num_keep(n, mask_ratio)
     patterns = grid_patterns(grid, k)
     if not patterns:
-        fit = ', '.join(f'{1 - (kept + .5) / n:.3f} ({kept} kept)' for kept in range(n, 0, -1) if grid_patterns(grid, kept))
+        fits = [kept for kept in range(1, n) if grid_patterns(grid, kept)]
+        fit = ', '.join(f'{1 - (kept + .5) / n:.3f} ({kept} kept)' for kept in sorted(sorted(fits, key=lambda x: abs(x - k))[:4], reverse=True))
         raise ValueError(f'no regular pattern on a grid of {grid[0]}x{grid[1]} keeps {k} of {n} patches (mask ratio {mask_ratio}): ratios that do are {fit}')
     i = torch.arange(n, device=noise.device)
     kept = torch.stack([(i // grid[1] % step == top) & (i % grid[1] % step == left) for step, top, left in patterns])

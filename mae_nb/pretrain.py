@@ -48,11 +48,12 @@ def loss_of(
 
 # %% ../nbs/22_pretrain.ipynb #22a0d001
 def check_model(
-    model:MAE,              # from `create_mae`
+    model:MAE,              # from `create_mae`; of one put together by hand only target and mask ratio are known
     recipe:PretrainRecipe,  # its fields about the model
 ):
     "Raise a clear error where model and recipe differ."
-    own = {p.name: p.default for p in signature(create_mae).parameters.values()} | SIZES[model.config['name']] | model.config
+    own = dict(target=model.target.name, mask_ratio=model.mask_ratio)
+    if hasattr(model, 'config'): own = {p.name: p.default for p in signature(create_mae).parameters.values()} | SIZES[model.config['name']] | model.config
     for k, said in mae_options(recipe).items():
         if own.get(k, said) != said and (k != 'mask' or own[k] in MASKS):   # a sampler of your own has no name in a recipe
             raise ValueError(f'the model has {k}={own[k]!r} and the recipe says {k}={said!r}: create the model with **mae_options(recipe), or change the recipe')
