@@ -12,6 +12,7 @@ import io
 import json
 import platform
 import time
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,7 +33,7 @@ from mae_nb.recipes import RECIPES, as_config, change, lr_of
 from mae_nb.visualize import standardize
 
 PAPER = {0: 73.5, .5: 79.1, 1: 81., 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}   # Figure 9, ViT-L
-DEPTH = 6
+DEPTH, BATCH, RATES = 6, 50, (.3, 1., 3.)   # blocks; labelled images a step; factors on a recipe's rate to choose from
 quiet = lambda: contextlib.redirect_stdout(io.StringIO())
 
 # ---- one look at the images, and what a frozen prefix makes of them -----------------------------------------------------------------
@@ -87,21 +88,21 @@ def main():
     p.add_argument('--minutes', type=float, default=90, help='for everything together')
     p.add_argument('--out', default='runs/protocols', help='a folder, new or empty')
     p.add_argument('--data', default='cifar10'); p.add_argument('--model', default='mae_vit_nano_patch4_32')
-    p.add_argument('--labels', type=int, default=500, help='labelled training images a class')
+    p.add_argument('--labels', type=int, default=200, help='labelled training images a class')
     p.add_argument('--test', type=int, default=500, help='test images a class')
     p.add_argument('--seeds', type=int, default=3); p.add_argument('--device', default='cpu')
     a = p.parse_args()
     begun, out, seeds = time.time(), make_run(a.out, vars(a)), range(a.seeds)
     say = lambda text: print(f'{(time.time() - begun) / 60:6.1f} min  {text}', flush=True)
     full, test_all = load_source(a.data)
-    few, test = full.shots(a.labels), test_all.shots(a.test)
+    few, shown = full.shots(a.labels), test_all.shots(a.test)
     size = dict(in_chans=full.in_chans, depth=DEPTH)
 
-    # speeds, measured; the rest of the time is shared out: half to pretraining
+    # speeds, measured; a third of the time goes to pretraining, half to the rows
     base = change(RECIPES[f'pretrain_{a.data}'], dict(warmup_epochs=0.))
-    tune = change(RECIPES[f'finetune_{a.data}'], dict(crop_scale=(1., 1.), base_lr=4e-3, batch_size=100))
-    fresh = change(RECIPES[f'scratch_{a.data}'], dict(crop_scale=(1., 1.), base_lr=2e-3, batch_size=100))
-    linear, attentive = (change(RECIPES[f'{k}_{a.data}'], dict(batch_size=100)) for k in ('linear', 'attentive'))
+    tune = change(RECIPES[f'finetune_{a.data}'], dict(crop_scale=(1., 1.), base_lr=4e-3, batch_size=BATCH))
+    fresh = change(RECIPES[f'scratch_{a.data}'], dict(crop_scale=(1., 1.), base_lr=2e-3, batch_size=BATCH))
+    linear, attentive = (change(RECIPES[f'{k}_{a.data}'], dict(batch_size=BATCH)) for k in ('linear', 'attentive'))
     mae = seeded(0, create_mae, a.model, target=base.target, **size)
     img_size, classes = mae.encoder.img_size, len(full.classes)
     loaders = lambda images, r, seed=0: get_dls((images, None), r, img_size=img_size, seed=seed, device=a.device)
@@ -111,49 +112,72 @@ def main():
     step = {'pretrain': seconds(pretrain_learner(loaders(full, base), seeded(0, create_mae, a.model, target=base.target, **size), base, max_steps=6)),
             'tune': seconds(finetune_learner(loaders(few, tune), create_classifier(a.model, classes, **size), tune, max_steps=6))}
     budget = a.minutes * 60
-    pre_epochs = max(1, int(.4 * budget / (step['pretrain'] * (len(full) // base.batch_size))))
+    pre_epochs = max(1, int(.35 * budget / (step['pretrain'] * (len(full) // base.batch_size))))
     # a seed costs about two whole fine-tunings, and a little more than a third of one for all cached rows at once
-    epochs = max(2, int(.5 * budget / a.seeds / (4.5 * step['tune'] * (len(few) // tune.batch_size))))
+    epochs = max(2, int(.55 * budget / (a.seeds + .25 * len(RATES)) / (4 * step['tune'] * (len(few) // tune.batch_size))))
     say(f'a step takes {step["pretrain"] * 1e3:.0f} ms in pretraining, {step["tune"] * 1e3:.0f} ms in fine-tuning: {pre_epochs} and {epochs} epochs')
 
     pre = change(base, dict(epochs=pre_epochs, warmup_epochs=pre_epochs / 10))
-    learn = pretrain_learner(loaders(full, pre), mae, pre)
+    learn = pretrain_learner(loaders(full, pre), mae, pre, out=out)
     with quiet(): learn.fit_recipe()
     mae = learn.model.eval()
     mae.encoder.config = mae.config
     say(f'pretrained, loss {learn.final_record[0]:.4f}')
 
     device = torch.device(a.device)
-    y, ty = (torch.as_tensor(s.labels, device=device) for s in (few, test))
+    y, ty = (torch.as_tensor(s.labels, device=device) for s in (few, shown))
     ks = {0: 0, .5: .5, 1: 1, 2: 2, 4: 4}
     stops = sorted({DEPTH - int(np.ceil(k)) for k in ks.values()} | {DEPTH})
     one, two = (prefixes(mae.encoder, v, stops) for v in views(few, device))
-    held = prefixes(mae.encoder, views(test, device)[0], stops)
-    say('frozen prefixes computed')
-    rows, norm = {}, lambda x: mae.encoder.norm(x.float())
+    last = prefixes(mae.encoder, views(shown, device)[0], stops)
+    norm = lambda x: mae.encoder.norm(x.float())
     with torch.no_grad():
-        one['norm'], two['norm'], held['norm'] = (torch.cat([norm(x) for x in d[DEPTH].split(500)]).half() for d in (one, two, held))
-        rows['k-NN'] = [(knn_votes(one['norm'][:, 0].float(), y, held['norm'][:, 0].float(), classes).argmax(1) == ty).double().mean().item()]
+        for d in (one, two, last): d['norm'] = torch.cat([norm(x) for x in d[DEPTH].split(500)]).half()
+    say('frozen prefixes computed')
+
+    def head(make, r, rate, seed, train, test, epochs):
+        "A head on the frozen encoder's tokens."
+        module = seeded(seed, make).to(device)
+        groups = param_groups(module, r.weight_decay, lambda n, q: q.ndim <= 1)
+        opt = lars(groups, rate, r.momentum) if r is linear else adamw(groups, rate, r.betas)
+        return fit(module, module, opt, rate, r.min_lr, *part(train, 'norm'), *part(test, 'norm', 1), epochs, BATCH, seed)
+    def some(k, rate, seed, train, test, epochs):
+        "The last blocks, on the tokens that the frozen ones give."
+        model, start = seeded(seed, classifier_from, mae, classes, 'avg')[0], DEPTH - int(np.ceil(k))
+        thaw(model.to(device), k)
+        opt = adamw(finetune_groups(model, tune.weight_decay, tune.layer_decay if k else 1.), rate, tune.betas)
+        return fit(model, lambda x: tail(model, start, x), opt, rate, tune.min_lr, *part(train, start), *part(test, start, 1), epochs, BATCH, seed, tune.label_smoothing)
+    def whole(make, r, rate, seed, train, test, epochs):
+        "The whole classifier, from images."
+        r = change(r, dict(epochs=epochs, warmup_epochs=epochs / 10, base_lr=rate * 256 / BATCH))
+        images = [{'few': few, 'test': shown}[name].take(ids) for name, ids in (train, test)]
+        learn = finetune_learner(get_dls(images, r, img_size=img_size, seed=seed, device=a.device), seeded(seed, make), r, seed=seed, valid_every=epochs)
+        with quiet(): learn.fit_recipe()
+        return learn.final_record[2]
+    def part(which, at, views=2):
+        "Cached tokens and labels of some images."
+        name, ids = which
+        found = tuple(d[at][ids] for d in ((one, two) if name == 'few' else (last,)))[:views]
+        return found if views == 2 else found[0], (y if name == 'few' else ty)[ids]
+
+    todo = {'linear': (linear, partial(head, lambda: LinearHead(mae.encoder.dim, classes), linear)),
+            'attentive': (attentive, partial(head, lambda: AttentiveHead(mae.encoder.dim, classes, 8), attentive)),
+            **{f'partial {k}': (tune, partial(some, k)) for k in ks},
+            'partial all': (tune, partial(whole, lambda: classifier_from(mae, classes, 'avg')[0], tune)),
+            'from scratch': (fresh, partial(whole, lambda: create_classifier(a.model, classes, **size), fresh))}
+    everything = ('few', np.arange(len(few))), ('test', np.arange(len(shown)))
+    fifth = np.random.default_rng(0).permutation(len(few))   # rates are chosen on labelled training images
+    choose = ('few', np.sort(fifth[len(few) // 5:])), ('few', np.sort(fifth[:len(few) // 5]))
+    rates, rows = {}, {'k-NN': [(knn_votes(one['norm'][:, 0].float(), y, last['norm'][:, 0].float(), classes).argmax(1) == ty).double().mean().item()]}
+    for name, (r, run) in todo.items():
+        tried = {f * lr_of(r, BATCH): run(f * lr_of(r, BATCH), 0, *choose, max(2, epochs // 4)) for f in RATES}
+        rates[name] = dict(chosen=max(tried, key=tried.get), tried=tried)
+        say(f'{name:15} ' + ', '.join(f'rate {k:.2g}: {v:.1%}' for k, v in tried.items()))
     for seed in seeds:
-        add = lambda name, value, seed=seed: (rows.setdefault(name, []).append(value), say(f'seed {seed}  {name:15} {value:.1%}'))
-        run = dict(labels=y, test_labels=ty, epochs=epochs, bs=100, seed=seed)
-        for name, r, make in (('linear', linear, lambda: LinearHead(mae.encoder.dim, classes)), ('attentive', attentive, lambda: AttentiveHead(mae.encoder.dim, classes, 8))):
-            head = seeded(seed, make).to(device)
-            groups = param_groups(head, r.weight_decay, lambda n, q: q.ndim <= 1)
-            opt = lars(groups, lr_of(r, 100), r.momentum) if name == 'linear' else adamw(groups, lr_of(r, 100), r.betas)
-            add(name, fit(head, head, opt, lr_of(r, 100), r.min_lr, (one['norm'], two['norm']), test=held['norm'], **run))
-        for k in ks:
-            model, _ = seeded(seed, classifier_from, mae, classes, 'avg')
-            thaw(model.to(device), k)
-            start = DEPTH - int(np.ceil(k))
-            opt = adamw(finetune_groups(model, tune.weight_decay, tune.layer_decay if k else 1.), lr_of(tune, 100), tune.betas)
-            add(f'partial {k}', fit(model, lambda x, m=model, s=start: tail(m, s, x), opt, lr_of(tune, 100), tune.min_lr, (one[start], two[start]), test=held[start], smoothing=tune.label_smoothing, **run))
-        for name, r, net in (('partial all', tune, seeded(seed, classifier_from, mae, classes, 'avg')[0]), ('from scratch', fresh, seeded(seed, create_classifier, a.model, classes, **size))):
-            r = change(r, dict(epochs=epochs, warmup_epochs=epochs / 10))
-            learn = finetune_learner(get_dls((few, test), r, img_size=img_size, seed=seed, device=a.device), net, r, seed=seed, valid_every=epochs)
-            with quiet(): learn.fit_recipe()
-            add(name, learn.final_record[2])
-    result = dict(data=a.data, model=a.model, depth=DEPTH, labels=len(few), test=len(test), pretrain_images=len(full), pretrain_epochs=pre_epochs, epochs=epochs, seeds=a.seeds,
+        for name, (_, run) in todo.items():
+            rows.setdefault(name, []).append(run(rates[name]['chosen'], seed, *everything, epochs))
+            say(f'seed {seed}  {name:15} {rows[name][-1]:.1%}')
+    result = dict(data=a.data, model=a.model, depth=DEPTH, labels=len(few), test=len(shown), pretrain_images=len(full), pretrain_epochs=pre_epochs, epochs=epochs, seeds=a.seeds, rates=rates,
                   minutes=round((time.time() - begun) / 60, 1), machine=f'{platform.machine()}, {torch.get_num_threads()} threads, {a.device}', top1=rows,
                   note='flips only; frozen prefixes computed once, in half precision; partial all = full fine-tuning',
                   recipes={k: as_config(r) for k, r in dict(pretrain=pre, finetune=tune, scratch=fresh, linear=linear, attentive=attentive).items()})
