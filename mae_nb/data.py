@@ -290,15 +290,22 @@ def collate(
 
 # %% ../nbs/13_data.ipynb #723299dd
 class KeyedBatches:
-    "Batches of (epoch, index): each epoch's order hangs on (seed, epoch) alone."
+    "Batches of (epoch, index): each epoch's order hangs on (seed, epoch) alone; of each, every process takes its part."
     def __init__(self, n, bs, seed=0, shuffle=True, drop_last=True):
-        self.n, self.bs, self.seed, self.shuffle, self.drop_last, self.epoch = n, bs, seed, shuffle, drop_last, 0
+        self.n, self.bs, self.seed, self.shuffle, self.drop_last = n, bs, seed, shuffle, drop_last
+        self.epoch, self.first, self.part, self.parts = 0, 0, 0, 1   # `first`: the batch to begin with
 
-    def __len__(self): return self.n // self.bs if self.drop_last else -(-self.n // self.bs)
+    def __len__(self): return self.n // (self.bs * self.parts) if self.drop_last else -(-self.n // (self.bs * self.parts))
+
+    def whole(self, epoch:int) -> list[torch.Tensor]:
+        "An epoch's batches, of all processes together."
+        order = torch.randperm(self.n, generator=generator(key(self.seed, epoch, 0, 'order'))) if self.shuffle else torch.arange(self.n)
+        return order.split(self.bs * self.parts)[:len(self)]
 
     def __iter__(self):
-        order = torch.randperm(self.n, generator=generator(key(self.seed, self.epoch, 0, 'order'))) if self.shuffle else torch.arange(self.n)
-        for ids in order.split(self.bs)[:len(self)]: yield [(self.epoch, i) for i in ids.tolist()]
+        for ids in self.whole(self.epoch)[self.first:]:
+            mine = ids[self.part * self.bs:(self.part + 1) * self.bs].tolist()
+            if mine: yield [(self.epoch, i) for i in mine]
 
 # %% ../nbs/13_data.ipynb #52f28872
 def _leave_ctrl_c(worker:int):
@@ -316,14 +323,21 @@ class Loader:
         pin_memory:bool=False,
     ):
         if bs < 1: raise ValueError(f'a batch needs at least one image, got {bs}')
-        if shuffle and bs > len(dataset): raise ValueError(f'batch of {bs} is larger than {dataset.images.name} with {len(dataset)} images: use --bs {len(dataset)} or less')
         self.dataset, self.bs, self.bad = dataset, bs, {}
         self.batches = KeyedBatches(len(dataset), bs, dataset.seed, shuffle, drop_last=shuffle)
+        self.share(0, 1)
         self.dl = DataLoader(dataset, batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory, worker_init_fn=_leave_ctrl_c,
                              persistent_workers=num_workers > 0, generator=torch.Generator())
 
+    def share(self, part:int, parts:int):
+        "Take one process's part of each batch of `parts * bs`."
+        n = len(self.dataset)
+        if self.batches.shuffle and self.bs * parts > n: raise ValueError(f'batch of {self.bs * parts} is larger than {self.dataset.images.name} with {n} images: use --bs {n} or less')
+        self.batches.part, self.batches.parts = part, parts
+
     def __len__(self): return len(self.batches)
-    def set_epoch(self, epoch:int): self.batches.epoch = epoch
+    def set_epoch(self, epoch:int, first:int=0): self.batches.epoch, self.batches.first = epoch, first   # a run may go on at batch `first`
+    def samples(self, epoch:int, first:int, last:int): return torch.cat(self.batches.whole(epoch)[first:last]).tolist()   # of some batches
     def to(self, device): self.device = device
 
     def __iter__(self):

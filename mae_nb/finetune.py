@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .augment import mix_batch
 from .classifier import Classifier
+from .distributed import gathered, rank
 from .engine import DeviceMean, TaskLearner, check_channels
 from .keyed import key, uniform
 from .optim import finetune_groups
@@ -78,10 +79,9 @@ class MixLabels(Callback):
         smoothing:float,  # share of the target spread over all classes
     ):
         self.seed, self.options = seed, (classes, mixup, cutmix, smoothing)
-        self.rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
 
     def before_batch(self):
-        imgs, labels = mix_batch(self.xb[0], self.yb[1], key(self.seed, self.train_iter, self.rank, 'mixup'), *self.options)
+        imgs, labels = mix_batch(self.xb[0], self.yb[1], key(self.seed, self.train_iter, rank(), 'mixup'), *self.options)
         self.learn.xb, self.learn.yb = (imgs, *self.xb[1:]), (self.yb[0], labels)
 
 # %% ../nbs/24_finetune.ipynb #b2400007
@@ -120,8 +120,8 @@ class ClassReport(Callback):
         if not self.training: self.seen.append(torch.stack([self.pred.argmax(dim=1), self.yb[1]]))   # stays on the device
 
     def after_fit(self):
-        if self.seen: predicted, labels = torch.cat(self.seen, dim=1).cpu().numpy()
-        if self.seen: write_classes(self.out, labels, predicted, self.dls.train.dataset.images.classes)
+        seen = [s for s in gathered(torch.cat(self.seen, dim=1).cpu() if self.seen else None) if s is not None]   # of each process
+        if seen and rank() == 0: write_classes(self.out, *reversed(torch.cat(seen, dim=1).numpy()), self.dls.train.dataset.images.classes)
 
 # %% ../nbs/24_finetune.ipynb #b2400011
 def check_labels(

@@ -6,9 +6,9 @@
 __all__ = ['CHECKPOINTS', 'LAYOUTS', 'HF_NAMES', 'HF_PLACES', 'FORMATS', 'LoadReport', 'Checkpoint', 'md5_of', 'fetch',
            'weights_of', 'Weights', 'open_weights', 'read_weights', 'fit_positions', 'fit_channels', 'fill',
            'layout_of', 'from_official', 'to_official', 'to_timm', 'from_hf', 'to_hf', 'to_ours', 'ours_of',
-           'load_weights', 'load_official', 'load_timm', 'load_hf', 'atomically', 'save_model', 'read_config',
-           'save_official', 'save_timm', 'hf_config', 'save_hf', 'model_options', 'load_mae', 'convert', 'hub_class',
-           'save_pretrained', 'from_pretrained', 'push_to_hub']
+           'load_weights', 'load_official', 'load_timm', 'load_hf', 'save_model', 'read_config', 'save_official',
+           'save_timm', 'hf_config', 'save_hf', 'model_options', 'load_mae', 'convert', 'hub_class', 'save_pretrained',
+           'from_pretrained', 'push_to_hub']
 
 # %% ../nbs/17_interop.ipynb #28bb53d2
 import argparse
@@ -25,8 +25,7 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -36,6 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .checkpoints import atomically, checkpoints_in
 from .encoder import to_pair
 from .mae import MAE, MASKS, SIZES, create_mae, pick
 from .positions import resize_positions
@@ -187,9 +187,9 @@ def weights_of(
     "The weights file of a run: the finished model, or else the newest checkpoint."
     where = Path(where)
     if not where.is_dir(): return where
-    for file in (where/'model.safetensors', where/'checkpoints'/'last.safetensors', where/'pytorch_model.bin'):
+    for file in (where/'model.safetensors', *checkpoints_in(where/'checkpoints'), where/'pytorch_model.bin'):
         if file.is_file(): return file
-    raise FileNotFoundError(f'{where} holds no model.safetensors and no checkpoints/last.safetensors')
+    raise FileNotFoundError(f'{where} holds no model.safetensors and no checkpoint')
 
 # %% ../nbs/17_interop.ipynb #a674d266
 _PLAIN = [argparse.Namespace, (pathlib.PosixPath, 'pathlib.PosixPath'), (pathlib.PosixPath, 'pathlib._local.PosixPath')]   # data, no behaviour
@@ -278,6 +278,7 @@ def _open_safetensors(
         with safetensors.safe_open(file, 'pt') as f: ours = json.loads((f.metadata() or {}).get('config', '{}'))
     except (safetensors.SafetensorError, OSError, ValueError) as e:
         raise ValueError(f'{file} is not a weights file, it cannot be read as weights: {str(e).splitlines()[0]}') from e
+    if isinstance(ours, dict) and 'run' in ours: state = _of_checkpoint(state)
     if isinstance(ours, dict) and 'model' in ours: return Weights(state, str(file), ours['model'], ours.get('data'), own=True)
     return Weights(_tensors(state, file), str(file), said | _said_beside(file))
 
@@ -297,6 +298,13 @@ def read_weights(
 ) -> dict:                 # names to tensors
     "Read a state dict; code in a file is never run."
     return open_weights(source).state
+
+def _of_checkpoint(
+    state:dict,  # all tensors of a run's checkpoint
+) -> dict:
+    "The weights in it that would be evaluated: the moving average where there is one."
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return part('weight_ema.') or part('model.')
 
 # %% ../nbs/17_interop.ipynb #69fd6a23
 def fit_positions(
@@ -628,18 +636,6 @@ def load_hf(
     return load_weights(model, source, ('hf',), **kwargs)
 
 # %% ../nbs/17_interop.ipynb #dfc59a09
-@contextmanager
-def atomically(
-    file:str|Path,  # the file wanted
-) -> Iterator[Path]:  # where to write it
-    "A place to write a file, which gets its name when all of it is there, or is removed."
-    file, part = Path(file), Path(f'{file}.part')
-    try:
-        yield part
-        part.chmod(0o644)   # safetensors leaves a file that only its owner may read
-        os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
-
 def save_model(
     model:nn.Module,  # with a `config`
     file:str|Path,    # a .safetensors file; written whole or not at all

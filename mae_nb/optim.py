@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['param_groups', 'pretrain_groups', 'layer_scale', 'finetune_groups', 'adamw', 'warmup_cosine', 'optimizer_steps',
-           'Schedule', 'Accumulate', 'WeightEMA', 'lars']
+           'Schedule', 'Accumulate', 'WeightEMA', 'lars', 'skippable']
 
 # %% ../nbs/15_optim.ipynb #bd032312
 import math
@@ -148,6 +148,9 @@ class WeightEMA(Callback):
         self.average.multi_avg_fn(*map(list, zip(*pairs)), None)
         for a, b in zip(self.average.module.buffers(), self.model.buffers(), strict=True): a.copy_(b)
 
+    def run_tensors(self) -> dict: return self.average.module.state_dict()   # for a checkpoint
+    def load_run_tensors(self, tensors:dict): self.average.module.load_state_dict(tensors)
+
     def before_validate(self):
         if self.average is not None: self.learn.model, self.trained = self.average.module, self.model
 
@@ -171,3 +174,17 @@ def lars(
                                            weight_decay=g['weight_decay'] if matrix else 0.))
     if not split: raise ValueError('no parameter to train: every one is frozen')
     return OptimWrapper(split, Lars, convert_groups=False, lr=lr, momentum=momentum)
+
+# %% ../nbs/15_optim.ipynb #2f1ac001
+def skippable(
+    opt:torch.optim.Optimizer,  # changed in place
+):
+    "Let `opt.found_inf`, 1 to skip, hold for any optimizer as it does for torch's fused ones: on the device, without asking it."
+    if getattr(opt, '_step_supports_amp_scaling', False) or hasattr(opt, 'found_inf'): return
+    opt.found_inf = torch.zeros(())
+    moved = lambda: [(p, p) for g in opt.param_groups for p in g['params']] + [((p, k), v) for p, s in opt.state.items() for k, v in s.items() if isinstance(v, torch.Tensor)]
+    def keep(opt, *_): opt.before = {k: v.detach().clone() for k, v in moved()}
+    @torch.no_grad()
+    def restore(opt, *_):
+        for k, v in moved(): v.copy_(torch.where(opt.found_inf.to(v.device) > 0, opt.before.get(k, torch.zeros_like(v)), v))
+    opt.register_step_pre_hook(keep); opt.register_step_post_hook(restore)
