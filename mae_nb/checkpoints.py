@@ -211,7 +211,7 @@ class Checkpoints(Callback):
         run = config['run']
         self.check(run['of'])
         load_run_state(self.learn, tensors)
-        self.earlier, self.learn.train_iter, self.learn.start = run['earlier'], run['step'], (run['epoch'], run['batches'])
+        self.earlier, self.learn.train_iter, self.learn.begin_at = run['earlier'], run['step'], (run['epoch'], run['batches'])
         rec = self.recorder
         rec.values, rec.iters = run['rows'], run['iters']
         if rec.values: self.learn.final_record = rec.values[-1]

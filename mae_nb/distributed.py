@@ -67,7 +67,7 @@ class Parallel(Callback):
     ): self.accumulate, self.wrapped, self.inner, self.quiet = accumulate, None, None, ExitStack()
 
     def before_fit(self):
-        if len(set(at := gathered((self.learn.start, self.learn.train_iter)))) > 1: raise ValueError(f'the processes do not start at the same step but at {at}: the run folder must be the same for all, on a disk that they share')
+        if len(set(at := gathered((self.learn.begin_at, self.learn.train_iter)))) > 1: raise ValueError(f'the processes do not start at the same step but at {at}: the run folder must be the same for all, on a disk that they share')
         self.norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         ids = [self.dls.device] if self.dls.device.type == 'cuda' else None
         self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=self.norms, gradient_as_bucket_view=True)

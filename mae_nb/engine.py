@@ -225,10 +225,10 @@ class Guard(Callback):
         if self.out is None: raise FloatingPointError(f'{said}: {advice}')
         folder = self.out/'bad_steps'/f'epoch-{epoch}-batch-{first}'
         if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
             step, tensors, config = self.learn.checkpoints.state()
             config['run'] |= dict(epoch=epoch, batches=first, step=config['run']['step'] - (last - first))
-            save_checkpoint(folder, step, tensors, config)
+            save_checkpoint(folder/'checkpoints', step, tensors, config)
             samples, items = self.dls.train.samples(epoch, first, last), self.dls.train.dataset.images.items
             files = [] if isinstance(items, np.ndarray) else [str(items[i]) for i in samples]
             with atomically(folder/'step.json') as f: f.write_text(json.dumps(dict(run=str(self.out), epoch=epoch, first_batch=first, batches=last - first, seed=self.dls.train.dataset.seed, samples=samples, files=files), indent=1) + '\n')
@@ -256,7 +256,7 @@ class StopAt(Callback):
         if self.reached: raise CancelTrainException()
 
     def before_epoch(self):
-        goes_on = getattr(self.learn, 'start', (0, 0))   # an epoch whose steps are done may still want its validation
+        goes_on = getattr(self.learn, 'begin_at', (0, 0))   # an epoch whose steps are done may still want its validation
         if self.reached and not (goes_on[0] == self.epoch and goes_on[1]): raise CancelFitException()
 
 # %% ../nbs/21_engine.ipynb #2c5ae836
@@ -430,7 +430,7 @@ class TaskLearner(Learner):
         opt_func:Callable|None=None,  # (groups, lr) -> optimizer; AdamW with the recipe's betas if None
         cbs:list=(),           # the task's own callbacks, and yours
     ):
-        self.recipe, self.max_steps, self.valid_every, self.start, self.signals = recipe, max_steps, valid_every, (0, 0), StopSignals()
+        self.recipe, self.max_steps, self.valid_every, self.begin_at, self.signals = recipe, max_steps, valid_every, (0, 0), StopSignals()
         self.batches_per_step, clip, ema = (getattr(recipe, k, none) for k, none in (('accumulate', 1), ('clip', 0), ('ema', 0)))
         for dl in dls.loaders: dl.share(rank(), processes())
         self.batch = dls.train.bs * processes() * self.batches_per_step
@@ -479,12 +479,12 @@ class TaskLearner(Learner):
     def _set_device(self, b): return to_device(b, self.dls.device, non_blocking=True)
 
     def _do_fit(self):
-        for epoch in range(self.start[0], self.n_epoch):
+        for epoch in range(self.begin_at[0], self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
     def _do_epoch_train(self):
-        self.first_batch = self.start[1] if self.epoch == self.start[0] else 0
+        self.first_batch = self.begin_at[1] if self.epoch == self.begin_at[0] else 0
         self.dls.train.set_epoch(self.epoch, self.first_batch)
         super()._do_epoch_train()
 
@@ -518,7 +518,7 @@ class TaskLearner(Learner):
         if wd and not decayed: raise ValueError(f'wd={wd} has no effect, no group decays: set weight_decay in the recipe')
         for g in decayed: g['weight_decay'] = g['weight_decay'] if wd is None else wd
         rates = [(self.base_rate if lr is None else lr) * g['lr_scale'] for g in groups]
-        self.wd, self.start, self.signals.signum = None, (0, 0), 0
+        self.wd, self.begin_at, self.signals.signum = None, (0, 0), 0
         saved = getattr(self, 'checkpoints', None)
         if saved and saved.is_past(): return
         try:
@@ -537,6 +537,6 @@ class TaskLearner(Learner):
         warmup = round(min(r.warmup_epochs * per_epoch, r.warmup_epochs / r.epochs * total))   # a short run warms up less
         if rank() == 0: print(f'learning rate {r.base_lr:g} x {self.batch} / 256 = {self.base_rate:.3g}, {total} steps of {self.batch} images '
               f'({self.dls.train.bs} a batch x {processes()} processes x {self.batches_per_step} accumulated)', flush=True)
-        if (back := 1 / (1 - getattr(r, 'ema', 0))) > 1 and total < 3 * back:
+        if (back := 1 / (1 - getattr(r, 'ema', 0))) > 1 and total < 3 * back and rank() == 0:
             print(f'note: ema={r.ema:g} averages over some {back:.0f} steps, and the run has {total}: the first weights are still in it; a shorter run wants a smaller ema', flush=True)
         self.fit(epochs, cbs=Schedule(lambda step, _: warmup_cosine(step, total, warmup, self.base_rate, r.min_lr), self.batches_per_step))

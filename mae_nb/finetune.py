@@ -169,10 +169,11 @@ def finetune_learner(
     max_steps:int|None=None,    # end after so many optimizer steps
     valid_every:int=1,          # validate after each so many epochs, and after the last
     cbs:list=(),                # more callbacks
+    **kwargs,                   # of `TaskLearner`: save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for end-to-end fine-tuning or training from scratch (Tables 9 and 11 of the paper)."
     check_channels(dls, model)
     check_labels(dls, model.head.out_features)
     if model.pool != recipe.pool: raise ValueError(f'the model pools by {model.pool!r} and the recipe says pool={recipe.pool!r}: create the model with that pooling, or change the recipe')
     return label_learner(dls, model, recipe, partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay),
-                         seed=seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=[DropNoise(seed), *cbs])
+                         seed=seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=[DropNoise(seed), *cbs], **kwargs)

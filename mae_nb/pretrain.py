@@ -85,6 +85,7 @@ def pretrain_learner(
     out:str|Path|None=None,      # the run folder, from `make_run`
     max_steps:int|None=None,     # end after so many optimizer steps
     cbs:list[Callable]=(),       # more callbacks
+    **kwargs,                    # of `TaskLearner`: save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for masked pretraining (section 3 and Table 8 of the paper)."
     check_model(model, recipe)
@@ -92,4 +93,4 @@ def pretrain_learner(
     if dls.train.dataset.seed != seed: raise ValueError(f'the loaders were made with seed {dls.train.dataset.seed}, the learner with {seed}: give both the same')
     if not model.target.fitted: print(f'target {model.target.name!r} fitted on {fit_target(model, dls.train.dataset.images, seed):,} patches of {dls.train.dataset.images.name}', flush=True)
     return TaskLearner(dls, model, recipe, partial(pretrain_groups, weight_decay=recipe.weight_decay), loss_of,
-                       out=out, max_steps=max_steps, cbs=[MaskNoise(seed, recipe.mask_ratio), *cbs])
+                       out=out, max_steps=max_steps, cbs=[MaskNoise(seed, recipe.mask_ratio), *cbs], **kwargs)

@@ -198,11 +198,12 @@ def linear_probe_learner(
     max_steps:int|None=None,  # end after so many optimizer steps
     valid_every:int=1,        # validate after each so many epochs, and after the last
     cbs:list=(),              # more callbacks
+    **kwargs,                 # of `TaskLearner`: save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for linear probing on augmented images (Table 10 of the paper)."
     groups = lambda m: param_groups(m, recipe.weight_decay, lambda name, p: p.ndim <= 1)
     return _probe_learner(dls, model, recipe, partial(LinearHead, pool=recipe.pool), groups, seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=cbs,
-                          opt_func=lambda g, lr: lars(g, lr, recipe.momentum))
+                          opt_func=lambda g, lr: lars(g, lr, recipe.momentum), **kwargs)
 
 # %% ../nbs/25_probes.ipynb #b25a0019
 class AttentiveHead(nn.Module):
@@ -238,10 +239,11 @@ def attentive_probe_learner(
     max_steps:int|None=None,  # end after so many optimizer steps
     valid_every:int=1,        # validate after each so many epochs, and after the last
     cbs:list=(),              # more callbacks
+    **kwargs,                 # of `TaskLearner`: save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for attentive probing: a layer of attention on a frozen encoder."
     groups = lambda m: param_groups(m, recipe.weight_decay, lambda name, p: p.ndim <= 1)
-    return _probe_learner(dls, model, recipe, partial(AttentiveHead, queries=recipe.queries), groups, seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=cbs)
+    return _probe_learner(dls, model, recipe, partial(AttentiveHead, queries=recipe.queries), groups, seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=cbs, **kwargs)
 
 # %% ../nbs/25_probes.ipynb #b25a0026
 def thaw(
@@ -270,6 +272,7 @@ def partial_learner(
     max_steps:int|None=None,  # end after so many optimizer steps
     valid_every:int=1,        # validate after each so many epochs, and after the last
     cbs:list=(),              # more callbacks
+    **kwargs,                 # of `TaskLearner`: save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for partial fine-tuning (section 4.3 of the paper): the last blocks and the head."
     check_channels(dls, model)
@@ -277,4 +280,4 @@ def partial_learner(
     if model.pool != recipe.pool: raise ValueError(f'the model pools by {model.pool!r} and the recipe says pool={recipe.pool!r}: create the model with that pooling, or change the recipe')
     thaw(model, blocks)
     groups = partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay if blocks else 1.)
-    return label_learner(dls, model, recipe, groups, seed=seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=[DropNoise(seed), *cbs])
+    return label_learner(dls, model, recipe, groups, seed=seed, out=out, max_steps=max_steps, valid_every=valid_every, cbs=[DropNoise(seed), *cbs], **kwargs)
