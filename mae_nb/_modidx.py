@@ -83,6 +83,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mae_nb.cli._kept': ('cli.html#_kept', 'mae_nb/cli.py'),
                             'mae_nb.cli._knn': ('cli.html#_knn', 'mae_nb/cli.py'),
                             'mae_nb.cli._terminate': ('cli.html#_terminate', 'mae_nb/cli.py'),
+                            'mae_nb.cli.absolute': ('cli.html#absolute', 'mae_nb/cli.py'),
                             'mae_nb.cli.batches_of': ('cli.html#batches_of', 'mae_nb/cli.py'),
                             'mae_nb.cli.command': ('cli.html#command', 'mae_nb/cli.py'),
                             'mae_nb.cli.common': ('cli.html#common', 'mae_nb/cli.py'),
