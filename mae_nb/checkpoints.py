@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -166,7 +166,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_):
-        for s, handler in self.old.items(): signal.signal(s, handler)
+        for s, handler in self.old.items(): signal.signal(s, signal.SIG_DFL if handler is None else handler)
 
     def note(self, signum, frame):
         if self.signum:
@@ -174,7 +174,7 @@ class StopSignals:
             if signum == signal.SIGINT: raise KeyboardInterrupt
             signal.signal(signum, signal.SIG_DFL); os.kill(os.getpid(), signum)
         self.signum = signum
-        os.write(1, f'\n{signal.Signals(signum).name}: finishing the step and saving; once more ends at once\n'.encode())   # print is not safe in a handler
+        with suppress(OSError): os.write(1, f'\n{signal.Signals(signum).name}: finishing the step and saving; once more ends at once\n'.encode())   # print is not safe in a handler
 
     def error(self) -> BaseException:  # what ends the run when the step is saved
         return KeyboardInterrupt() if self.signum == signal.SIGINT else Terminated(self.signum or signal.SIGTERM)   # 0: another process was asked
@@ -201,7 +201,7 @@ class Checkpoints(Callback):
         "Find what was saved; whether the run had gone beyond this fit already."
         self.found = newest_checkpoint(self.folder)
         if self.found is None or self.found[2]['run']['fit'] <= self.fits: return False
-        print(f'fit {self.fits + 1} of {self.out} is finished already', flush=True)
+        self.say(f'fit {self.fits + 1} of {self.out} is finished already')
         self.fits += 1
         return True
 
@@ -220,10 +220,18 @@ class Checkpoints(Callback):
         rec.values, rec.iters = run['rows'], run['iters']
         if rec.values: self.learn.final_record = rec.values[-1]
         if self.writes:
-            for name, text in run['files'].items():
-                with atomically(self.out/name) as f: f.write_bytes(text.encode())
-        print(f'goes on at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}', flush=True)
-        if self.done.exists(): print(f'fit {self.fits + 1} of {self.out} is finished already', flush=True); raise CancelFitException()
+            for name in self.files: self.put_back(name, run['files'].get(name))
+        self.say(f'goes on at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}')
+        if self.done.exists(): self.say(f'fit {self.fits + 1} of {self.out} is finished already'); raise CancelFitException()
+
+    def put_back(self, name:str, text:str|None):
+        "A table as it was when the checkpoint was made: what came after will come again."
+        if text is None: (self.out/name).unlink(missing_ok=True)
+        else:
+            with atomically(self.out/name) as f: f.write_bytes(text.encode())
+
+    def say(self, line:str):
+        if self.writes: print(line, flush=True)
 
     def check(self, was:dict):
         "Raise a clear error where the run was another one."
@@ -249,10 +257,11 @@ class Checkpoints(Callback):
 
     def save(self):
         "Copy the run's state, and write it while training goes on."
-        self.wait()
         if self.writes: self.job = self.background.submit(self.write, *self.state())
 
     def state(self) -> tuple[int, dict, dict]:
+        "Number, tensors and plain data of a checkpoint; the tensors are overwritten by the next one."
+        self.wait()
         self.copies, plain = run_state(self.learn, self.copies)
         texts = {f: (self.out/f).read_bytes().decode() for f in self.files if (self.out/f).exists()}
         run = plain | dict(fit=self.fits, earlier=self.earlier, epoch=self.epoch, batches=self.iter + 1, files=texts, of=self.learn.run_config)
