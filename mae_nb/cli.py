@@ -6,8 +6,9 @@
 __all__ = ['FREE', 'DEFAULT_MODELS', 'PROBES', 'RUNS', 'one_line', 'command', 'requeue', 'next_run', 'get_device', 'flags_of',
            'read_command', 'absolute', 'default_model', 'default_recipe', 'with_flags', 'batches_of', 'pretrain', 'say',
            'finetune', 'probe', 'measures', 'labelled', 'read_picture', 'save_reconstructions', 'finish',
-           'mae_pretrain', 'run_pretrain', 'common', 'mae_finetune', 'run_finetune', 'mae_probe', 'run_probe',
-           'mae_replay', 'read_step', 'Replay', 'mae_show', 'mae_convert', 'judge', 'draw_table', 'mae_demo']
+           'mae_pretrain', 'run_pretrain', 'common', 'mae_finetune', 'run_finetune', 'write_results', 'mae_probe',
+           'run_probe', 'mae_replay', 'read_step', 'Replay', 'mae_show', 'mae_convert', 'judge', 'draw_table',
+           'mae_demo']
 
 # %% ../nbs/26_cli.ipynb #9d9c1684
 import json
@@ -392,6 +393,7 @@ def mae_finetune(
     seed:int=0,            # of new weights, order, crops, drop path and mixup
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    json:str=None,         # also write the numbers to this file
     resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
@@ -418,8 +420,16 @@ def run_finetune(f:dict, place:dict, train:bool=True) -> TaskLearner:
         say(f'{weights}: {report}')
     out = place['out'] = Path(f['out'] or next_run(task)) if train else None
     learn = finetune(sets, net, r, out, train=train, device=device, **common(f))
-    if train: finish(learn, out)
+    if not train: return learn
+    found = {k: v for k, v in measures(learn).items() if k != 'learn'}
+    write_results(dict(task=task, data=sets[0].name, weights=weights, seed=f['seed'], samples=len(sets[1])) | found, out, f['json'])
+    finish(learn, out)
     return learn
+
+def write_results(result:dict, out:Path, also:str|None):
+    "The numbers of a run, into its folder and wherever else they are wanted."
+    if rank(): return
+    for file in [out/'results.json'] + ([Path(also)] if also else []): file.write_text(json.dumps(result, indent=1) + '\n')
 
 # %% ../nbs/26_cli.ipynb #b2600003
 @call_parse
@@ -468,8 +478,7 @@ def run_probe(f:dict, place:dict, train:bool=True):
     learn = found.pop('learn', None)
     if not train: return learn
     result = dict(probe=kind, data=sets[0].name, weights=str(weights), seed=f['seed'], samples=len(sets[1])) | found
-    if rank() == 0:
-        for file in [out/'results.json'] + ([Path(f['json'])] if f['json'] else []): file.write_text(json.dumps(result, indent=1) + '\n')
+    write_results(result, out, f['json'])
     say(f'{kind} probe on {len(sets[1]):,} images: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()))
     if learn: finish(learn, out)
     else: say(f'run folder  {out}')
