@@ -32,6 +32,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'mae_nb/checkpoints.py'),
                                     'mae_nb.checkpoints.Checkpoints.check': ('checkpoints.html#checkpoints.check', 'mae_nb/checkpoints.py'),
                                     'mae_nb.checkpoints.Checkpoints.close': ('checkpoints.html#checkpoints.close', 'mae_nb/checkpoints.py'),
+                                    'mae_nb.checkpoints.Checkpoints.cut_back': ( 'checkpoints.html#checkpoints.cut_back',
+                                                                                 'mae_nb/checkpoints.py'),
                                     'mae_nb.checkpoints.Checkpoints.done': ('checkpoints.html#checkpoints.done', 'mae_nb/checkpoints.py'),
                                     'mae_nb.checkpoints.Checkpoints.is_past': ( 'checkpoints.html#checkpoints.is_past',
                                                                                 'mae_nb/checkpoints.py'),

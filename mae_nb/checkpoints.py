@@ -210,7 +210,9 @@ class Checkpoints(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob('*.part'): part.unlink()   # of a save that was cut off
         found, self.found = self.found, None
-        if found is None or found[2]['run']['fit'] < self.fits: return
+        if found is None or found[2]['run']['fit'] < self.fits:
+            if self.writes: self.cut_back()
+            return
         file, tensors, config = found
         run = config['run']
         self.check(run['of'])
@@ -219,7 +221,7 @@ class Checkpoints(Callback):
         rec = self.recorder
         rec.values, rec.iters = run['rows'], run['iters']
         if rec.values: self.learn.final_record = rec.values[-1]
-        if self.writes:
+        if self.writes and not self.done.exists():
             for name in self.files: self.put_back(name, run['files'].get(name))
         self.say(f'goes on at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}')
         if self.done.exists(): self.say(f'fit {self.fits + 1} of {self.out} is finished already'); raise CancelFitException()
@@ -229,6 +231,14 @@ class Checkpoints(Callback):
         if text is None: (self.out/name).unlink(missing_ok=True)
         else:
             with atomically(self.out/name) as f: f.write_bytes(text.encode())
+
+    def cut_back(self):
+        "Rows of a fit that was cut off before its first checkpoint are taken out of the tables."
+        before = self.folder/f'fit-{self.fits}.done'
+        sizes = json.loads(before.read_text()) if before.exists() else {}
+        for file in (self.out/name for name in self.files if (self.out/name).exists()):
+            header = file.read_bytes().find(b'\n') + 1
+            os.truncate(file, sizes.get(file.name, header))
 
     def say(self, line:str):
         if self.writes: print(line, flush=True)
@@ -289,7 +299,8 @@ class Checkpoints(Callback):
 
     def after_fit(self):
         self.wait()
-        if self.writes: self.done.touch(); to_disk(self.folder)
+        if self.writes:
+            with atomically(self.done) as f: f.write_text(json.dumps({name: (self.out/name).stat().st_size for name in self.files if (self.out/name).exists()}))
         self.fits, self.earlier = self.fits + 1, self.earlier + self.learn.train_iter
 
     def close(self):
