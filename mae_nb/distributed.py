@@ -7,6 +7,7 @@ __all__ = ['processes', 'rank', 'together', 'agreed', 'gathered', 'summed', 'Par
 
 # %% ../nbs/19_distributed.ipynb #d1900005
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -32,12 +33,15 @@ def together() -> Iterator[None]:
     if gpus := torch.cuda.device_count():
         if (local := int(os.environ['LOCAL_RANK'])) >= gpus: raise ValueError(f'this machine has {gpus} GPUs and no one for process {local}: start torchrun with --nproc-per-node {gpus}')
         torch.cuda.set_device(local)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)   # one that waits here for others that have failed could not answer
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
-    try: yield
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+        dist.barrier()   # after an error nobody waits: this process ends, and torchrun ends the others
     except RuntimeError as e:
         if 'gloo/transport' not in str(e): raise
         raise ConnectionError('another process has ended: it says why, or the system has killed it') from e
-    dist.barrier()   # after an error nobody waits: this process ends, and torchrun ends the others
     dist.destroy_process_group()
 
 # %% ../nbs/19_distributed.ipynb #d1900020

@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import BIN, Said
 from fastai.callback.core import Callback
+from fastcore.script import _run_cli
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 
+from mae_nb import cli
 from mae_nb.classifier import create_classifier, seeded
 from mae_nb.data import fashion, get_dls
 from mae_nb.distributed import gathered, processes, rank, summed, together
@@ -28,6 +30,7 @@ from mae_nb.visualize import read_metrics
 
 SMALL = dict(in_chans=1, dim=32, depth=2, num_heads=2)
 NAME = 'mae_vit_nano_patch4_28'
+NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'warmup_epochs=1', '--num-workers', '0', '--epochs', '2', '--bs', '20'
 
 # ---- processes that are forked from this one, which has imported everything ----------------------------------------
 
@@ -198,9 +201,18 @@ def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path):
         learner('pretrain', tmp_path/f'{rank()}', steps=3).fit_recipe()
     for r in spread(2, go_on, tmp_path/'say', 60): assert r.code == 1 and 'do not start at the same step' in r.said, r.said
 
-# ---- the commands, as torchrun starts them ----------------------------------------------------------------------------
+def test_bad_files_end_all_with_one_line(photos, tmp_path, monkeypatch):
+    "Whichever process meets too many of them says so."
+    monkeypatch.chdir(tmp_path)
+    for i in (5, 7, 9, 11, 13): (photos/'odd'/f'{i:03}.png').write_bytes(b'garbage')
+    def command():
+        sys.argv = ['mae-pretrain', 'photos', *NANO]
+        _run_cli(cli.mae_pretrain.__wrapped__, False)
+    start, runs = time.time(), spread(2, command, tmp_path/'say', 60)
+    assert time.time() - start < 30 and [r.code for r in runs] == [1, 1]
+    assert any('mae-pretrain: error: ' in r.said and 'could not be read, more than 1%' in r.said for r in runs), [r.said for r in runs]
 
-NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'warmup_epochs=1', '--num-workers', '0', '--epochs', '2', '--bs', '20'
+# ---- the commands, as torchrun starts them ----------------------------------------------------------------------------
 
 @pytest.fixture
 def torchrun(tmp_path):
@@ -250,28 +262,35 @@ def test_wrong_arguments_under_torchrun(torchrun, photos, words, said):
     start, got = time.time(), torchrun(*words)
     assert got.code == 1 and said in got.err and time.time() - start < 40, got.err
 
-def test_bad_files_under_torchrun(torchrun, photos):
-    "Whichever process meets too many of them says so, and ends the run."
-    for i in (5, 7, 9, 11, 13): (photos/'odd'/f'{i:03}.png').write_bytes(b'garbage')
-    start, got = time.time(), torchrun('mae-pretrain', 'photos', *NANO)
-    assert got.code == 1 and 'could not be read, more than 1%' in got.err and time.time() - start < 60, got.err
-
 def children(pid):
     "The processes that a process has started."
     return [int(p) for p in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout.split()]
 
-def test_a_killed_process_ends_torchrun(photos, tmp_path):
-    with open(tmp_path/'said', 'w') as said:
-        agent = subprocess.Popen([BIN/'torchrun', '--nproc-per-node', '2', '--master-port', str(free_port()), BIN/'mae-pretrain', 'photos', *NANO, '--epochs', '1000', '--out', 'run'], cwd=tmp_path, stdout=said, stderr=said)
-        end = time.time() + 100
-        while not (tmp_path/'run'/'metrics.csv').exists() or len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) < 2:
-            assert time.time() < end and agent.poll() is None, (tmp_path/'said').read_text()
-            time.sleep(.1)
-        start = time.time()
-        os.kill(children(agent.pid)[-1], signal.SIGKILL)
-        code = agent.wait(60)
-    text = (tmp_path/'said').read_text()
-    assert time.time() - start < 30 and code == 1 and 'Signal 9 (SIGKILL)' in text, text
+@pytest.fixture
+def kill_one(photos, tmp_path):
+    "A pretraining in two processes, one of which is killed after an epoch: torchrun's exit code, what was said, and the seconds it took to end."
+    def run(epochs, *options):
+        with open(tmp_path/'said', 'w') as said:
+            agent = subprocess.Popen([BIN/'torchrun', '--nproc-per-node', '2', '--master-port', str(free_port()), *options, BIN/'mae-pretrain', 'photos', *NANO, '--epochs', str(epochs), '--out', 'run', '--resume', 'auto'],
+                                     cwd=tmp_path, stdout=said, stderr=said)
+            end = time.time() + 100
+            while not (tmp_path/'run'/'metrics.csv').exists() or len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) < 2:
+                assert time.time() < end and agent.poll() is None, (tmp_path/'said').read_text()
+                time.sleep(.1)
+            start = time.time()
+            os.kill(children(agent.pid)[-1], signal.SIGKILL)
+            return agent.wait(120), (tmp_path/'said').read_text(), time.time() - start
+    return run
+
+def test_a_killed_process_ends_torchrun(kill_one):
+    code, said, seconds = kill_one(1000)
+    assert code == 1 and 'Signal 9 (SIGKILL)' in said and seconds < 30, said
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again(kill_one, tmp_path):
+    code, said, _ = kill_one(40, '--max-restarts', '1')
+    assert code == 0 and 'goes on at epoch' in said, said
+    assert len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) == 41
 
 @pytest.mark.slow
 def test_two_machines_train_one_model(forked, photos, tmp_path):
