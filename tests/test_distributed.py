@@ -103,11 +103,12 @@ def learner(task, out=None, steps=20, cbs=()):
     if task != 'pretrain': learn.loss_func = lambda logits, _, labels: cross_entropy(logits, labels, label_smoothing=smoothing * torch.is_grad_enabled())   # the recipe's rounds to float32
     return learn
 
-def trained(task, out=None):
+def trained(task, out=None, change_model=lambda m: None):
     "Weights, the metrics of each epoch, those of a validation afterwards, and how often gradients were reduced."
     torch.set_default_dtype(torch.float64)
     counts = [CountReduces()] if processes() > 1 else []
     learn = learner(task, out, cbs=counts)
+    change_model(learn.model)
     learn.fit_recipe()
     rows, batches, again = [[float(v) for v in row] for row in learn.recorder.values], learn.train_iter, [float(v) for v in learn.validate()]
     state = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -133,6 +134,15 @@ def test_many_processes_train_what_one_does(alone, tmp_path, n):
             assert_near(alone[t], got[t])
             assert alone[t].batches == got[t].batches == 37 and got[t].steps == 20
             assert got[t].reduces == 20, (t, got[t].reduces)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change_model', [lambda m: m.compile(backend='aot_eager'), lambda m: m.encoder.requires_grad_(False)], ids=['compiled', 'frozen'])
+def test_compiled_and_frozen_models(tmp_path, change_model):
+    make = lambda: trained('pretrain', change_model=change_model)
+    alone, = results(spread(1, make, tmp_path/'one'))
+    for got in results(spread(2, make, tmp_path/'two')):
+        assert_near(alone, got)
+        assert got.reduces == 20
 
 def test_a_batch_norm_sees_its_own_part_and_the_first_one_counts(tmp_path):
     "The linear probe: equal weights in all processes, averages of the first, exact metrics for them."
