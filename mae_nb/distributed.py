@@ -7,6 +7,7 @@ __all__ = ['processes', 'rank', 'together', 'agreed', 'gathered', 'summed', 'Par
 
 # %% ../nbs/19_distributed.ipynb #d1900005
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -27,12 +28,21 @@ def rank() -> int:
 
 @contextmanager
 def together() -> Iterator[None]:
-    "Join the processes that torchrun has started, and leave them at the end; alone, do nothing."
+    "Join the processes that torchrun has started, and leave with them at the end; alone, do nothing."
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or processes() > 1: yield; return
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
-    try: yield
-    finally: dist.destroy_process_group()
+    if gpus := torch.cuda.device_count():
+        if (local := int(os.environ['LOCAL_RANK'])) >= gpus: raise ValueError(f'this machine has {gpus} GPUs and no one for process {local}: start torchrun with --nproc-per-node {gpus}')
+        torch.cuda.set_device(local)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)   # one that waits here for others that have failed could not answer
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+        dist.barrier()   # after an error nobody waits: this process ends, and torchrun ends the others
+    except RuntimeError as e:
+        if 'gloo/transport' not in str(e): raise
+        raise ConnectionError('another process has ended: it says why, or the system has killed it') from e
+    dist.destroy_process_group()
 
 # %% ../nbs/19_distributed.ipynb #d1900020
 def agreed(value):  # any plain value, of the first process
@@ -50,11 +60,10 @@ def gathered(value) -> list:  # one value of each process, in their order
     return box
 
 def summed(
-    *numbers,          # numbers or tensors with one number
-    device='cpu',      # where they are added
-) -> torch.Tensor:     # their sums over all processes, float64
+    *numbers,       # numbers or tensors with one number
+) -> torch.Tensor:  # their sums over all processes, float64, on the CPU
     "Sums over all processes, for metrics that are exact."
-    t = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+    t = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
     if processes() > 1: dist.all_reduce(t)
     return t
 
@@ -64,32 +73,38 @@ class Parallel(Callback):
     order = 90   # the model is wrapped for its forward pass alone, after all that looks at it
     def __init__(self,
         accumulate:int=1,  # batches for one optimizer step
-    ): self.accumulate, self.wrapped, self.inner, self.quiet = accumulate, None, None, ExitStack()
+    ): self.accumulate, self.wrapped, self.quiet = accumulate, None, ExitStack()
 
     def before_fit(self):
-        if len(set(at := gathered((self.learn.begin_at, self.learn.train_iter)))) > 1: raise ValueError(f'the processes do not start at the same step but at {at}: the run folder must be the same for all, on a disk that they share')
-        self.norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        begins = gathered((self.learn.begin_at, self.learn.train_iter))
+        if len(set(begins)) > 1: raise ValueError(f'the processes do not start at the same step but at {begins}: the run folder must be the same for all, on a disk that they share')
+
+    def before_train(self):
+        if self.wrapped is not None: return
         ids = [self.dls.device] if self.dls.device.type == 'cuda' else None
-        self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=self.norms, gradient_as_bucket_view=True)
+        self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def before_batch(self):
         if not self.training: return
-        if (self.iter + 1) % self.accumulate and self.iter + 1 < self.n_iter: self.quiet.enter_context(self.wrapped.no_sync())
-        self.inner, self.learn.model = self.model, self.wrapped
+        step_ends = (self.iter + 1) % self.accumulate == 0 or self.iter + 1 == self.n_iter
+        if not step_ends: self.quiet.enter_context(self.wrapped.no_sync())
+        self.learn.model = self.wrapped
 
     def after_pred(self): self.unwrap()
     def unwrap(self):
-        if self.inner is not None: self.learn.model, self.inner = self.inner, None
+        if self.wrapped is not None and self.model is self.wrapped: self.learn.model = self.wrapped.module
 
     def after_backward(self):
         self.quiet.close()
-        both = torch.stack([self.learn.loss.detach(), self.learn.loss.new_tensor(float(self.learn.signals.signum > 0))])
-        dist.all_reduce(both)
-        self.learn.loss, self.learn.stop = both[0] / processes(), both[1]
+        told = torch.stack([self.learn.loss.detach(), torch.full_like(self.learn.loss, self.learn.signals.signum > 0)])
+        dist.all_reduce(told)
+        self.learn.loss, self.learn.stop = told[0] / processes(), told[1]
+
+    def after_cancel_batch(self): self.unwrap(); self.quiet.close()
 
     def before_validate(self):
-        if self.wrapped is not None and self.norms:
-            for b in self.model.buffers(): dist.broadcast(b, src=0)   # a batch norm has seen this process's part alone
+        for m in self.model.modules():
+            if not isinstance(m, nn.modules.batchnorm._BatchNorm): continue
+            for b in m.buffers(): dist.broadcast(b, src=0)   # each process's have seen its own part alone
 
-    def close(self):
-        self.unwrap(); self.quiet.close(); self.wrapped = None
+    def close(self): self.after_cancel_batch(); self.wrapped = None

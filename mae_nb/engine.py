@@ -52,7 +52,7 @@ class DeviceMean(Metric):
     def add(self, mean, n): self.total, self.count = self.total + mean.detach().double() * n, self.count + n
     @property
     def value(self):
-        total, count = summed(self.total, self.count, device=getattr(self.total, 'device', 'cpu'))
+        total, count = summed(self.total, self.count)
         return total / count if count else None
     @property
     def name(self): return self._name
@@ -499,7 +499,7 @@ class TaskLearner(Learner):
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         "Loss and metrics of a validation set; the run's folder, record and bar are left alone."
-        writers = [cb for cb in self.cbs if isinstance(cb, (RunWriter, Progress))]
+        writers = [cb for cb in self.cbs if isinstance(cb, (RunWriter, Progress, Guard, Checkpoints))]
         kept = {k: vars(self.recorder)[k] for k in ('lrs', 'iters', 'losses', 'values') if k in vars(self.recorder)}
         try:
             with self.removed_cbs(writers): return super().validate(ds_idx, dl, cbs)

@@ -1,0 +1,315 @@
+"""Several processes train the model that one would have trained, and end together whatever happens."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BIN, Said
+from fastai.callback.core import Callback
+from fastcore.script import _run_cli
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.functional import cross_entropy
+
+from mae_nb import cli
+from mae_nb.classifier import create_classifier, seeded
+from mae_nb.data import fashion, get_dls
+from mae_nb.distributed import gathered, processes, rank, summed, together
+from mae_nb.engine import make_run
+from mae_nb.finetune import finetune_learner
+from mae_nb.mae import create_mae
+from mae_nb.pretrain import pretrain_learner
+from mae_nb.probes import linear_probe_learner, partial_learner
+from mae_nb.recipes import RECIPES, change, loader_batch
+from mae_nb.visualize import read_metrics
+
+SMALL = dict(in_chans=1, dim=32, depth=2, num_heads=2)
+NAME = 'mae_vit_nano_patch4_28'
+NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'warmup_epochs=1', '--num-workers', '0', '--epochs', '2', '--bs', '20'
+
+# ---- processes that are forked from this one, which has imported everything ----------------------------------------
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+def spread(n, func, folder, seconds=100):
+    "Run `func` in `n` processes that train together: what each returned, printed and its exit code."
+    folder.mkdir(exist_ok=True, parents=True)
+    where = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    sys.stdout.flush(); sys.stderr.flush()
+    pids = [fork(func, folder/f'{i}', dict(where, RANK=i, LOCAL_RANK=i)) for i in range(n)]
+    end, codes = time.time() + seconds, {}
+    while len(codes) < n and time.time() < end:
+        for pid in set(pids) - set(codes):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        time.sleep(.02)
+    for pid in set(pids) - set(codes): os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    load = lambda f: torch.load(f, weights_only=False) if f.exists() else None
+    return [SimpleNamespace(result=load(folder/f'{i}.pt'), said=(folder/f'{i}.txt').read_text(), code=codes.get(pid)) for i, pid in enumerate(pids)]
+
+def fork(func, file, env):
+    if pid := os.fork(): return pid
+    code = 1
+    try:
+        fd = os.open(f'{file}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, 1); os.dup2(fd, 2); sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
+        os.environ.update({k: str(v) for k, v in env.items()})
+        with together(): torch.save(func(), f'{file}.pt')
+        code = 0
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+
+def results(runs):
+    assert [r.code for r in runs] == [0] * len(runs), '\n'.join(r.said for r in runs)
+    return [r.result for r in runs]
+
+# ---- the same training, in whichever number of processes ------------------------------------------------------------
+
+class Double(Callback):
+    "Train in float64, so that what differs does not drown in rounding."
+    order = -6
+    def before_batch(self): self.learn.xb = tuple(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in self.xb)
+
+class CountReduces(Callback):
+    "Count the gradients' all-reduces."
+    order, count = 91, 0
+    def before_train(self):
+        if self.epoch == 0: self.parallel.wrapped.register_comm_hook(self, self.hook)
+    @staticmethod
+    def hook(self, bucket): self.count += 1; return allreduce_hook(None, bucket)
+
+def learner(task, out=None, steps=20, cbs=()):
+    "220 samples in batches of 20, two for each step: eleven batches, so an epoch's last step has one."
+    train, test = fashion()
+    own = dict(epochs=4, warmup_epochs=1, batch_size=40)
+    if task != 'linear': own |= dict(accumulate=2)
+    if task in ('finetune', 'partial'): own |= dict(ema=.9, drop_path=.1, mixup=0, cutmix=0)
+    if task == 'pretrain': own |= dict(clip=1.)
+    r = change(RECIPES[f'{task}_fashion'], own)
+    dls = get_dls((train.take(range(220)), test.take(range(51))), r, img_size=28, bs=loader_batch(r, processes()), device='cpu')
+    smoothing = getattr(r, 'label_smoothing', 0.)
+    mae = seeded(0, create_mae, NAME, target='pixels', decoder_dim=32, **SMALL).double()
+    classifier = seeded(0, create_classifier, NAME, 10, drop_path=.1, **SMALL).double()
+    make = dict(pretrain=(pretrain_learner, mae), finetune=(finetune_learner, classifier), partial=(partial_learner, classifier), linear=(linear_probe_learner, mae))
+    func, model = make[task]
+    learn = func(dls, model, r, out=out, max_steps=steps, cbs=[Double(), *cbs])
+    if task != 'pretrain': learn.loss_func = lambda logits, _, labels: cross_entropy(logits, labels, label_smoothing=smoothing * torch.is_grad_enabled())   # the recipe's rounds to float32
+    return learn
+
+def trained(task, out=None, change_model=lambda m: None):
+    "Weights, the metrics of each epoch, those of a validation afterwards, and how often gradients were reduced."
+    torch.set_default_dtype(torch.float64)
+    counts = [CountReduces()] if processes() > 1 else []
+    learn = learner(task, out, cbs=counts)
+    change_model(learn.model)
+    learn.fit_recipe()
+    rows, batches, again = [[float(v) for v in row] for row in learn.recorder.values], learn.train_iter, [float(v) for v in learn.validate()]
+    state = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    return SimpleNamespace(state=state, rows=rows, again=again, batches=batches, steps=learn.opt.opt.state[learn.opt.opt.param_groups[0]['params'][0]].get('step'), reduces=counts[0].count if counts else 0)
+
+def assert_near(a, b, tolerance=1e-9):
+    for k, v in a.state.items(): torch.testing.assert_close(v, b.state[k], rtol=tolerance, atol=tolerance, msg=lambda m, k=k: f'{k}: {m}')
+    torch.testing.assert_close(torch.tensor(a.rows), torch.tensor(b.rows), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(torch.tensor(a.again), torch.tensor(b.again), rtol=tolerance, atol=tolerance)
+
+TASKS = 'pretrain', 'finetune', 'partial'
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    "What one process makes of each task."
+    return results(spread(1, lambda: {t: trained(t) for t in TASKS}, tmp_path_factory.mktemp('alone')))[0]
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_many_processes_train_what_one_does(alone, tmp_path, n):
+    "Float64, 20 steps of two batches, to 1e-9: weights and, on 51 samples, metrics; one all-reduce of the gradients a step."
+    for got in results(spread(n, lambda: {t: trained(t) for t in TASKS}, tmp_path)):
+        for t in TASKS:
+            assert_near(alone[t], got[t])
+            assert alone[t].batches == got[t].batches == 37 and got[t].steps == 20
+            assert got[t].reduces == 20, (t, got[t].reduces)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change_model', [lambda m: m.compile(backend='aot_eager'), lambda m: m.encoder.requires_grad_(False)], ids=['compiled', 'frozen'])
+def test_compiled_and_frozen_models(tmp_path, change_model):
+    make = lambda: trained('pretrain', change_model=change_model)
+    alone, = results(spread(1, make, tmp_path/'one'))
+    for got in results(spread(2, make, tmp_path/'two')):
+        assert_near(alone, got)
+        assert got.reduces == 20
+
+def test_a_batch_norm_sees_its_own_part_and_the_first_one_counts(tmp_path):
+    "The linear probe: equal weights in all processes, averages of the first, exact metrics for them."
+    first, second = results(spread(2, lambda: trained('linear', make_run(tmp_path/'run', {})), tmp_path/'two'))
+    assert_near(first, second, 0)
+    assert first.rows[-1][1:] == pytest.approx(first.again, abs=1e-12)
+    def judge():
+        torch.set_default_dtype(torch.float64)
+        learn = learner('linear'); learn.model.load_state_dict(first.state)
+        return [float(v) for v in learn.validate()]
+    assert results(spread(1, judge, tmp_path/'one'))[0] == pytest.approx(first.again, abs=1e-9)
+    alone = results(spread(1, lambda: trained('linear'), tmp_path/'alone'))[0]
+    assert first.rows[-1][0] == pytest.approx(alone.rows[-1][0], rel=.2)   # near, and no more: batches of 20 were normed, not of 40
+
+def test_sums_are_over_all_and_the_empty_handed_take_part(tmp_path):
+    def sums(): return summed(torch.tensor(rank() + 1.), 0 if rank() else 3).tolist(), gathered(rank() or None)
+    assert results(spread(3, sums, tmp_path)) == [([6., 3.], [None, 1, 2])] * 3
+
+# ---- when something goes wrong in one of them -------------------------------------------------------------------------
+
+class InLast(Callback):
+    "Do something in the last process, in the middle of a step of the first epoch."
+    order = 5
+    def __init__(self, what): self.what = what
+    def after_pred(self):
+        if self.training and self.iter == 4 and rank() == processes() - 1: self.what()
+
+def fail(): raise OSError('the disk of the last one is on fire')
+
+@pytest.mark.parametrize('what, code, said', [(lambda: os.kill(os.getpid(), signal.SIGKILL), -9, ''), (fail, 1, 'the disk of the last one is on fire')], ids=['killed', 'error'])
+def test_one_that_ends_takes_the_others_along(tmp_path, what, code, said):
+    start = time.time()
+    *others, last = spread(4, lambda: learner('pretrain', make_run(tmp_path/'run', {}), cbs=[InLast(what)]).fit_recipe(), tmp_path/'say', 60)
+    assert time.time() - start < 30
+    assert last.code == code and said in last.said
+    assert all(r.code == 1 and 'another process has ended' in r.said for r in others), [r.said for r in others]
+
+def test_an_error_before_the_first_step(tmp_path):
+    "The last one does not come as far as the run folder."
+    def begin():
+        if rank() == 1: raise FileNotFoundError('no weights on this machine')
+        make_run(tmp_path/'run', {}); learner('pretrain', tmp_path/'run').fit_recipe()
+    start = time.time()
+    first, second = spread(2, begin, tmp_path/'say', 60)
+    assert first.code == second.code == 1 and time.time() - start < 30
+    assert 'no weights on this machine' in second.said and 'another process has ended' in first.said
+
+def test_a_run_folder_that_is_taken_is_told_to_all(tmp_path):
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'mine').touch()
+    for r in spread(2, lambda: make_run(tmp_path/'run', {}), tmp_path/'say', 60): assert r.code == 1 and 'there already and not empty' in r.said
+
+def test_a_full_disk_of_the_one_that_writes(tmp_path, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('mae_nb.checkpoints.save_checkpoint', full)
+    start = time.time()
+    first, second = spread(2, lambda: learner('pretrain', make_run(tmp_path/'run', {})).fit_recipe(), tmp_path/'say', 60)
+    assert first.code == second.code == 1 and time.time() - start < 30
+    assert 'no space left on the disk for a checkpoint' in first.said
+
+def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path):
+    "Two machines without a common disk: only the first one has its run."
+    results(spread(1, lambda: learner('pretrain', make_run(tmp_path/'0', {}), steps=3).fit_recipe(), tmp_path/'before'))
+    (tmp_path/'0'/'checkpoints'/'fit-1.done').unlink()
+    def go_on():
+        make_run(tmp_path/'0', {}, resume=True)
+        learner('pretrain', tmp_path/f'{rank()}', steps=3).fit_recipe()
+    for r in spread(2, go_on, tmp_path/'say', 60): assert r.code == 1 and 'do not start at the same step' in r.said, r.said
+
+def test_bad_files_end_all_with_one_line(photos, tmp_path, monkeypatch):
+    "Whichever process meets too many of them says so."
+    monkeypatch.chdir(tmp_path)
+    for i in (5, 7, 9, 11, 13): (photos/'odd'/f'{i:03}.png').write_bytes(b'garbage')
+    def command():
+        sys.argv = ['mae-pretrain', 'photos', *NANO]
+        _run_cli(cli.mae_pretrain.__wrapped__, False)
+    start, runs = time.time(), spread(2, command, tmp_path/'say', 60)
+    assert time.time() - start < 30 and [r.code for r in runs] == [1, 1]
+    assert any('mae-pretrain: error: ' in r.said and 'could not be read, more than 1%' in r.said for r in runs), [r.said for r in runs]
+
+# ---- the commands, as torchrun starts them ----------------------------------------------------------------------------
+
+@pytest.fixture
+def torchrun(tmp_path):
+    "Run a command in several processes."
+    def run(*words, options=('--nproc-per-node', '2'), **env):
+        if '--rdzv-backend' not in options: options = *options, '--master-port', str(free_port())
+        done = subprocess.run([BIN/'torchrun', *options, BIN/words[0], *map(str, words[1:])], capture_output=True, text=True, cwd=tmp_path, env=os.environ | env, timeout=120)
+        return Said(done.stdout, done.stderr, done.returncode)
+    return run
+
+def assert_same_metrics(a, b):
+    a, b = read_metrics(a), read_metrics(b)
+    assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4, nan_ok=True) for k in a), (a, b)
+
+def once(text, *words): assert [text.count(w) for w in words] == [1] * len(words), text
+
+def test_pretraining_under_torchrun(torchrun, forked, photos, tmp_path):
+    got = torchrun('mae-pretrain', 'photos', *NANO)
+    assert got.code == 0, got.err
+    assert [f.name for f in (tmp_path/'runs').iterdir()] == ['pretrain-1']
+    once(got.out, 'pretraining mae_vit_nano', 'train_loss', '(10 a batch x 2 processes x 1 accumulated)', 'peak memory')
+    assert len((tmp_path/'runs'/'pretrain-1'/'metrics.csv').read_text().splitlines()) == 3
+    assert forked('mae-pretrain', 'photos', *NANO, '--out', 'one').code == 0
+    assert_same_metrics(tmp_path/'runs'/'pretrain-1', tmp_path/'one')
+
+@pytest.mark.slow
+def test_finetuning_and_probing_under_torchrun(torchrun, forked, photos, tmp_path):
+    assert forked('mae-pretrain', 'photos', *NANO, '--out', 'mae').code == 0
+    for words in (('mae-finetune', 'photos', 'mae', '--set', 'mixup=0', '--set', 'cutmix=0', *NANO[2:]), ('mae-probe', 'linear', 'photos', 'mae', *NANO[2:])):
+        name = words[0].removeprefix('mae-')
+        got = torchrun(*words, '--out', name, '--json' if name == 'probe' else '--seed', 'told.json' if name == 'probe' else '0')
+        assert got.code == 0, got.err
+        once(got.out, 'train_loss', 'peak memory', 'has no validation set')
+        assert {'classes.csv', 'metrics.csv', 'model.safetensors', 'config.json'} <= {f.name for f in (tmp_path/name).iterdir()}
+        assert sum(int(line.split(',')[1]) for line in (tmp_path/name/'classes.csv').read_text().splitlines()[1:]) == 12   # each image of the validation once
+        assert forked(*words, '--out', f'{name}-alone').code == 0
+        if name == 'finetune': assert_same_metrics(tmp_path/name, tmp_path/f'{name}-alone')   # a probe's batch norm sees its own part
+    assert (tmp_path/'told.json').is_file()
+
+@pytest.mark.parametrize('words, said', [
+    (('mae-pretrain', 'photos', *NANO, '--bs', '21'), 'batch_size 21 does not divide into 2 parts'),
+    (('mae-pretrain', 'photos', *NANO, '--out', 'photos'), 'photos is there already and not empty'),
+    (('mae-finetune', 'photos', 'gone.safetensors', '--epochs', '1'), 'gone.safetensors'),
+])
+@pytest.mark.slow
+def test_wrong_arguments_under_torchrun(torchrun, photos, words, said):
+    start, got = time.time(), torchrun(*words)
+    assert got.code == 1 and said in got.err and time.time() - start < 40, got.err
+
+def children(pid):
+    "The processes that a process has started."
+    return [int(p) for p in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout.split()]
+
+@pytest.fixture
+def kill_one(photos, tmp_path):
+    "A pretraining in two processes, one of which is killed after an epoch: torchrun's exit code, what was said, and the seconds it took to end."
+    def run(epochs, *options):
+        with open(tmp_path/'said', 'w') as said:
+            agent = subprocess.Popen([BIN/'torchrun', '--nproc-per-node', '2', '--master-port', str(free_port()), *options, BIN/'mae-pretrain', 'photos', *NANO, '--epochs', str(epochs), '--out', 'run', '--resume', 'auto'],
+                                     cwd=tmp_path, stdout=said, stderr=said)
+            end = time.time() + 100
+            while not (tmp_path/'run'/'metrics.csv').exists() or len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) < 2:
+                assert time.time() < end and agent.poll() is None, (tmp_path/'said').read_text()
+                time.sleep(.1)
+            start = time.time()
+            os.kill(children(agent.pid)[-1], signal.SIGKILL)
+            return agent.wait(120), (tmp_path/'said').read_text(), time.time() - start
+    return run
+
+def test_a_killed_process_ends_torchrun(kill_one):
+    code, said, seconds = kill_one(1000)
+    assert code == 1 and 'Signal 9 (SIGKILL)' in said and seconds < 30, said
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again(kill_one, tmp_path):
+    code, said, _ = kill_one(40, '--max-restarts', '1')
+    assert code == 0 and 'goes on at epoch' in said, said
+    assert len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) == 41
+
+@pytest.mark.slow
+def test_two_machines_train_one_model(forked, photos, tmp_path):
+    "Two torchrun agents that find each other by address alone."
+    options = ['--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{free_port()}', '--rdzv-id', 'run']
+    start = lambda: subprocess.Popen([BIN/'torchrun', *options, BIN/'mae-pretrain', 'photos', *NANO, '--out', 'two'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    machines = [start(), start()]
+    said = [m.communicate(timeout=150)[0] for m in machines]
+    assert [m.returncode for m in machines] == [0, 0], said
+    once(''.join(said), 'train_loss', '2 processes', 'peak memory')
+    assert forked('mae-pretrain', 'photos', *NANO, '--out', 'one').code == 0
+    assert_same_metrics(tmp_path/'two', tmp_path/'one')
