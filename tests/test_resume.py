@@ -1,19 +1,22 @@
 """A run is a function of its config and seed, whatever happens to the machine."""
+import errno
+import hashlib
+import json
 import os
 import random
+import resource
 import signal
-import sys
 import time
-import traceback
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import begin_command, exit_code, fork
 from fastai.callback.core import Callback
 
 from mae_nb import checkpoints
-from mae_nb.checkpoints import newest_checkpoint
+from mae_nb.checkpoints import BadCheckpoint, checkpoints_in, newest_checkpoint, read_checkpoint
 from mae_nb.classifier import create_classifier, seeded
 from mae_nb.data import Samples, get_dls, load_source
 from mae_nb.engine import RunWriter, make_run
@@ -49,23 +52,7 @@ def learner(task, out, workers=0, **kwargs):
     if task == 'linear': return linear_probe_learner(dls, tiny_mae(), r, **kwargs)
     return finetune_learner(dls, seeded(0, create_classifier, 'mae_vit_nano_patch4_28', 10, drop_path=.1, **TINY), r, **kwargs)
 
-def start(func, log):
-    "Run a function in a fork of this process, and return the fork's number."
-    sys.stdout.flush(); sys.stderr.flush()
-    if pid := os.fork(): return pid
-    code = 1
-    try:
-        for fd in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
-        func()
-        code = 0
-    except BaseException: traceback.print_exc()
-    finally:
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
-
-def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])   # negative: the signal that has killed it
-def in_fork(func, log): assert end(start(func, log)) == 0, log.read_text()
+def in_fork(func, log): assert exit_code(fork(func, log)) == 0, log.read_text()
 
 class Steps(Callback):
     "Append each optimizer step's last batch to a file."
@@ -113,9 +100,9 @@ def killed_and_resumed(task, lives, straight, tmp_path, after=None):
         found, steps, log = newest_checkpoint(out/'checkpoints'), tmp_path/f'{i}.steps', tmp_path/f'{i}.log'
         batches = found[2]['run']['step'] if found else 0
         begin = sum(s < batches for s in all_steps)
-        pid = start(partial(live, task, out, steps, None if isinstance(moment, float) else moment, workers), log)
+        pid = fork(partial(live, task, out, steps, None if isinstance(moment, float) else moment, workers), log)
         if isinstance(moment, float): time.sleep(moment); os.kill(pid, signal.SIGKILL)
-        code = end(pid)
+        code = exit_code(pid)
         if moment is None: assert code == 0, log.read_text()
         else: assert code in (-signal.SIGKILL, 1 if moment in WORKER_DIES else -signal.SIGKILL), (code, log.read_text())
         done = steps_of(steps)
@@ -215,3 +202,174 @@ def test_killed_at_every_kind_of_moment(moment, workers, straight, tmp_path):
     task = ('pretrain', 'finetune', 'linear')[(list(MOMENTS).index(moment) + workers) % 3]
     if moment == 'in the loader' and workers: pytest.skip('the next test')
     killed_and_resumed(task, [(MOMENTS[moment], workers)], straight, tmp_path)
+
+# ---- several kills in a row, and at any time ----------------------------------------------------------------------------------------
+
+def some_moments(seed, count):
+    "Moments drawn by seed, early enough in a life that each one is reached."
+    draw = random.Random(seed)
+    events = 'before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_batch'
+    return [(event(draw.choice(events), draw.randint(1, 18), draw.choice((-99, 64, 99))), draw.choice((0, 2))) for _ in range(count)]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(12))
+def test_killed_again_and_again(seed, straight, tmp_path):
+    "At random steps, with another number of workers in each life."
+    killed_and_resumed(('pretrain', 'finetune', 'linear')[seed % 3], some_moments(seed, 2 + seed % 2), straight, tmp_path, after=seed % 2)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(12))
+def test_killed_at_random_times(seed, straight, tmp_path):
+    draw = random.Random(seed)
+    lives = [(draw.uniform(.05, 2), draw.choice((0, 2))) for _ in range(3)]
+    killed_and_resumed(('pretrain', 'finetune', 'linear')[seed % 3], lives, straight, tmp_path)
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run_and_it_goes_on(straight, tmp_path):
+    killed_and_resumed('finetune', [(worker_dies, 2)], straight, tmp_path)
+    assert 'DataLoader worker' in (tmp_path/'0.log').read_text()
+
+@pytest.mark.xfail(reason='Checkpoints.before_fit puts back the tables of the last checkpoint, which was made before the last row')
+def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
+    out = tmp_path/'run'
+    in_fork(partial(live, 'pretrain', out, tmp_path/'0.steps'), tmp_path/'0.log')
+    files = [f for f in sorted(out.rglob('*')) if f.is_file() and f.suffix != '.png' and 'tfevents' not in f.name]
+    before = {f: f.read_bytes() for f in files}
+    in_fork(partial(live, 'pretrain', out, tmp_path/'1.steps'), tmp_path/'1.log')
+    assert not steps_of(tmp_path/'1.steps') and 'finished already' in (tmp_path/'1.log').read_text()
+    for f in files: assert f.read_bytes() == before[f], f
+
+# ---- a save that is interrupted at every call ---------------------------------------------------------------------------------------
+
+def numbered(folder, *steps):
+    "Small checkpoints, whose numbers tell their step."
+    for step in steps: checkpoints.save_checkpoint(folder, step, dict(w=torch.full((500,), float(step))), dict(run=dict(fit=-1, step=step)))
+
+def interrupted_save(tmp_path, fault):
+    "Save a fourth checkpoint of which three are kept, with a fault: 0 if nothing was wrong, 3 for an OSError, or the signal."
+    folder = tmp_path/'run'/'checkpoints'
+    folder.mkdir(parents=True)
+    numbered(folder, 1, 2, 3)
+    old = {f: f.read_bytes() for f in folder.iterdir()}
+    def save():
+        saver = checkpoints.Checkpoints(tmp_path/'run', keep=3)
+        fault()
+        try: saver.write(4, dict(w=torch.full((500,), 4.)), dict(run=dict(fit=-1, step=4)))
+        except OSError: os._exit(3)
+    code = exit_code(fork(save, tmp_path/'log'))
+    found = check_found(folder, old)
+    checkpoints.Checkpoints(tmp_path/'run').before_fit()   # the next start
+    assert not list(folder.glob('*.part'))
+    return code, found
+
+def check_found(folder, old):
+    "A whole checkpoint is found, and no older one is harmed."
+    file, tensors, config = newest_checkpoint(folder)
+    step = config['run']['step']
+    assert step in (3, 4) and torch.equal(tensors['w'], torch.full((500,), float(step)))
+    for f, data in old.items():
+        if step == 4 and '000001-' in f.name and not f.exists(): continue   # pruned
+        assert f.read_bytes() == data
+    return step
+
+def fails(owner, name, n, number):
+    def fail(): raise OSError(number, os.strerror(number))
+    return call(owner, name, n, do=fail)
+
+CALLS = [(checkpoints, 'save_file', 1), (Path, 'chmod', 1), (os, 'open', 1), (os, 'fsync', 1), (os, 'close', 1), (checkpoints.safetensors, 'safe_open', 1),
+         (checkpoints, '_digest', 1), (os, 'replace', 1), (os, 'open', 2), (os, 'fsync', 2), (os, 'close', 2), (Path, 'unlink', 1), (checkpoints, 'prune', 1), (Path, 'unlink', 2)]
+
+@pytest.mark.parametrize('owner, name, n', CALLS, ids=[f'{name} {n}' for _, name, n in CALLS])
+def test_a_save_interrupted_at_each_call(owner, name, n, tmp_path):
+    for i, (fault, want) in enumerate(((fails(owner, name, n, errno.ENOSPC), 3), (fails(owner, name, n, errno.EIO), 3),
+                                       (call(owner, name, n), -signal.SIGKILL), (call(owner, name, n, after=True), -signal.SIGKILL))):
+        place = tmp_path/str(i); place.mkdir()
+        code, _ = interrupted_save(place, fault)
+        assert code == want, (place/'log').read_text()
+
+def limit(size, kill):
+    "No file may grow beyond a size: writing there fails, or kills."
+    def fault():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return fault
+
+@pytest.mark.parametrize('step', [499, pytest.param(23, marks=pytest.mark.slow)])
+def test_a_save_interrupted_at_each_byte(step, tmp_path):
+    numbered(tmp_path, 4)
+    size = next(tmp_path.glob('step-*')).stat().st_size
+    for k in [*range(0, size, step), size - 1, size]:
+        for kill in (False, True):
+            place = tmp_path/f'{k}-{kill}'; place.mkdir()
+            code, found = interrupted_save(place, limit(k, kill))
+            assert (code, found) == ((0, 4) if k >= size else (-signal.SIGXFSZ if kill else 3, 3)), (k, kill, code, found)
+
+# ---- checkpoints that are not what was written --------------------------------------------------------------------------------------
+
+def mutated(data, other, draw):
+    "A file's bytes with flipped bits, cut, grown, or with another file's header."
+    data = bytearray(data)
+    kind = draw.choice(('flip', 'cut', 'grow', 'header', 'length'))
+    if kind == 'flip':
+        for _ in range(draw.randint(1, 8)): data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    if kind == 'cut': del data[draw.randrange(len(data)):]
+    if kind == 'grow': data[(at := draw.randrange(len(data) + 1)):at] = draw.randbytes(draw.randint(1, 3000))
+    if kind == 'header': n = 8 + int.from_bytes(other[:8], 'little'); data[:n] = other[:n]
+    if kind == 'length': data[:8] = draw.choice((0, 2, 2**20, 2**40, 2**63, 2**64 - 1)).to_bytes(8, 'little')
+    return bytes(data)
+
+@pytest.mark.parametrize('count', [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutated_checkpoints(count, tmp_path, capsys):
+    numbered(tmp_path, 1, 2)
+    first, second = reversed(checkpoints_in(tmp_path))
+    good, other, draw = second.read_bytes(), first.read_bytes(), random.Random(0)
+    for i in range(count):
+        bad = good
+        while bad == good: bad = mutated(good, other, draw)
+        second.write_bytes(bad)
+        with pytest.raises(BadCheckpoint, match=second.name): read_checkpoint(second)
+        assert newest_checkpoint(tmp_path)[0] == first and second.name in capsys.readouterr().out, i
+        named = tmp_path/'named'/f'step-000000002-{hashlib.sha256(bad).hexdigest()[:16]}.safetensors'   # someone who gives it the right name too
+        named.parent.mkdir(exist_ok=True); named.write_bytes(bad)
+        try: tensors, config = read_checkpoint(named)
+        except BadCheckpoint: pass
+        else: assert isinstance(config, dict) and all(isinstance(v, torch.Tensor) for v in tensors.values())
+        named.unlink()
+    second.write_bytes(good)
+    for name in ('step-000000003-0123456789abcdef', 'step-000000003-' + first.stem[-16:]):
+        renamed = second.with_name(f'{name}.safetensors'); renamed.write_bytes(good)
+        assert newest_checkpoint(tmp_path)[0] == second and name in capsys.readouterr().out
+        renamed.unlink()
+    for f in (first, second): f.write_bytes(b'')
+    with pytest.raises(BadCheckpoint, match='none of its 2 checkpoints is whole'): newest_checkpoint(tmp_path)
+
+def header(text, body=b''): return len(text).to_bytes(8, 'little') + text + body
+def config(text): return header(json.dumps({'__metadata__': {'config': text}}).encode())
+
+@pytest.fixture
+def offer(tmp_path):
+    "Read bytes as a checkpoint whose name fits them: they must be refused."
+    def refused(data):
+        file = tmp_path/f'step-000000001-{hashlib.sha256(data).hexdigest()[:16]}.safetensors'
+        file.write_bytes(data)
+        with pytest.raises(BadCheckpoint): read_checkpoint(file)
+        file.unlink()
+    return refused
+
+@pytest.mark.parametrize('text', ['[' * 100_000, '{"a":' * 50_000, '3', '[]', 'null', '"x"'], ids=lambda x: x[:6])
+@pytest.mark.xfail(reason='read_checkpoint: RecursionError of a deep config, and a config that is no dict is handed on')
+def test_a_config_that_is_no_table(text, offer): offer(config(text))
+
+def test_checkpoints_from_someone_else(offer, tmp_path):
+    "Pickles, folders, absurd shapes and configs under a name that fits: one kind of error, and nothing is run."
+    class Boom:
+        def __reduce__(self): return os._exit, (9,)
+    torch.save(Boom(), tmp_path/'pickle'); offer((tmp_path/'pickle').read_bytes())
+    for text in ('', 'nonsense', '\ud800'): offer(config(text))
+    offer(header(b'{"w":{"dtype":"F32","shape":[4000000000,4000000000],"data_offsets":[0,64000000000000000000]}}'))
+    offer(header(b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]},"__metadata__":{"config":"{}"}}'))
+    offer(header(b'{}')); offer(header(b'[]')); offer(header(b'{"__metadata__":{"x":"1"}}')); offer(b'')
+    folder = tmp_path/'step-000000001-0123456789abcdef.safetensors'; folder.mkdir()
+    with pytest.raises(BadCheckpoint): read_checkpoint(folder)
+    folder.rmdir(); folder.symlink_to(folder)
+    with pytest.raises(BadCheckpoint): read_checkpoint(folder)
