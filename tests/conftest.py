@@ -53,7 +53,7 @@ def fork(func, out, err=None):
     code = 1
     try:
         for file, fd in ((out, 1), (err or out, 2)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
+        sys.stdout, sys.stderr = (os.fdopen(fd, 'w', closefd=False) for fd in (1, 2))
         func()
         code = 0
     except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)

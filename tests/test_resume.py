@@ -1,10 +1,12 @@
 """A run is a function of its config and seed, whatever happens to the machine."""
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from functools import cache, partial
@@ -15,11 +17,11 @@ import torch
 from conftest import begin_command, exit_code, fork
 from fastai.callback.core import Callback
 
-from mae_nb import checkpoints
+from mae_nb import checkpoints, cli
 from mae_nb.checkpoints import BadCheckpoint, checkpoints_in, newest_checkpoint, read_checkpoint
 from mae_nb.classifier import create_classifier, seeded
 from mae_nb.data import Samples, get_dls, load_source
-from mae_nb.engine import RunWriter, make_run
+from mae_nb.engine import Guard, RunWriter, make_run
 from mae_nb.finetune import finetune_learner
 from mae_nb.mae import create_mae
 from mae_nb.pretrain import pretrain_learner
@@ -58,8 +60,9 @@ class Steps(Callback):
     "Append each optimizer step's last batch to a file."
     order, run_valid = 50, False
     def __init__(self, file): self.file = file
-    def after_step(self):
-        with open(self.file, 'a') as f: f.write(f'{self.train_iter}\n')
+    def after_step(self): self.note(self.train_iter)
+    def note(self, batch):
+        with open(self.file, 'a') as f: f.write(f'{batch}\n')
 
 def steps_of(file): return [int(x) for x in file.read_text().split()] if file.exists() else []
 
@@ -74,6 +77,8 @@ def state_of(out):
     run = config['run']
     files = {f: (out/f).read_bytes() for f in ('model.safetensors', 'metrics.csv', *(['classes.csv'] if (out/'classes.csv').exists() else []))}
     return files, tensors, config | dict(run=run | dict(files={k: v for k, v in run['files'].items() if k != 'timing.csv'}))
+
+def step_of_name(file): return int(file.stem.split('-')[1])   # batches
 
 def check_same(out, straight):
     (files, tensors, config), (files0, tensors0, config0) = state_of(out), state_of(straight)
@@ -373,3 +378,144 @@ def test_checkpoints_from_someone_else(offer, tmp_path):
     with pytest.raises(BadCheckpoint): read_checkpoint(folder)
     folder.rmdir(); folder.symlink_to(folder)
     with pytest.raises(BadCheckpoint): read_checkpoint(folder)
+
+# ---- commands: signals, a full disk, numbers that are none, other flags -------------------------------------------------------------
+
+WORDS = ('fashion', '--epochs', '2', '--set', 'warmup_epochs=1', '--set', 'accumulate=4', '--bs', '40', '--num-workers', '0', '--save-every', '2')
+
+def few(log, *more):
+    "Before a command: 220 images instead of 10,000; note each step's last batch; then whatever else."
+    def before():
+        cli.load_source = lambda _: sets()
+        Guard.after_step = lambda self: Steps(log).note(self.train_iter)
+        for m in more: m()
+    return before
+
+def signals(n, *signums):
+    "Send this very process signals in its n-th batch."
+    return call(Guard, 'before_batch', n, do=lambda: [os.kill(os.getpid(), s) for s in signums])
+
+@pytest.fixture
+def pretrain(tmp_path):
+    "Run `mae-pretrain`, note its steps, and give what it said and the steps."
+    def run(log, *words, before=(), name='mae-pretrain', **env):
+        (file := tmp_path/f'{log}.steps').unlink(missing_ok=True)
+        got = begin_command(tmp_path, name, *words, before=few(file, *before), **env)[1]()
+        return got, steps_of(file)
+    return run
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    "The command's run that nobody disturbs, and its steps."
+    folder = tmp_path_factory.mktemp('command')
+    got = begin_command(folder, 'mae-pretrain', *WORDS, '--out', 'run', before=few(folder/'steps'))[1]()
+    assert got.code == 0, got.err
+    return folder/'run', steps_of(folder/'steps')
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)])
+def test_a_signal_finishes_the_step_and_saves_it(pretrain, undisturbed, tmp_path, signum, code):
+    whole, steps = undisturbed
+    got, done = pretrain('a', *WORDS, '--out', 'run', before=[signals(7, signum)])   # while the second step's gradients add up
+    assert got.code == code and got.line.endswith('what was done so far is in run; go on with --resume run'), got
+    assert f'{signum.name}: finishing the step' in got.out
+    assert done == steps[:2] and newest_checkpoint(tmp_path/'run'/'checkpoints')[2]['run']['step'] == steps[1] + 1
+    got, rest = pretrain('b', '--resume', 'run')
+    assert got.code == 0 and done + rest == steps and 'goes on at epoch 0, batch 8 of 22' in got.out, got
+    check_same(tmp_path/'run', whole)
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130), pytest.param(signal.SIGUSR1, -signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_second_signal_ends_at_once(pretrain, tmp_path, signum, code):
+    got, done = pretrain('a', *WORDS, '--out', 'run', before=[signals(7, signum, signum)])
+    assert got.code == code and len(done) == 1, got
+    assert not checkpoints_in(tmp_path/'run'/'checkpoints')
+    if code == 130: assert got.line == 'mae-pretrain: interrupted; what was done so far is in run'
+
+@pytest.mark.slow
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize('delay', [0., .3, .8])
+def test_a_signal_from_outside_at_any_time(pretrain, undisturbed, tmp_path, signum, delay):
+    pid, said = begin_command(tmp_path, 'mae-pretrain', *WORDS, '--out', 'run', before=few(tmp_path/'a.steps'))
+    until = time.time() + 60
+    while not steps_of(tmp_path/'a.steps') and time.time() < until: time.sleep(.01)
+    time.sleep(delay); os.kill(pid, signum)
+    got = said()
+    assert got.code == 128 + signum and 'go on with --resume run' in got.line, got
+    got, rest = pretrain('b', '--resume', 'run')
+    assert got.code == 0 and steps_of(tmp_path/'a.steps') + rest == undisturbed[1]
+    check_same(tmp_path/'run', undisturbed[0])
+
+def test_slurm_s_warning_puts_the_job_back_and_resume_auto_goes_on(pretrain, undisturbed, tmp_path):
+    "The same line in a launch script, each time: begin, go on, find it finished."
+    whole, steps = undisturbed
+    (fake := tmp_path/'bin'/'scontrol').parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n'); fake.chmod(0o755)
+    env = dict(PATH=f'{fake.parent}{os.pathsep}{os.environ["PATH"]}', SLURM_JOB_ID='4711')
+    words = (*WORDS, '--out', 'run', '--resume', 'auto')
+    got, first = pretrain('a', *words, before=[signals(18, signal.SIGUSR1)], **env)
+    assert got.code == 138 and (tmp_path/'requeued').read_text() == 'requeue 4711\n', got
+    got, second = pretrain('b', *words, **env)
+    assert got.code == 0 and first + second == steps, got
+    check_same(tmp_path/'run', whole)
+    weights = (tmp_path/'run'/'model.safetensors').read_bytes()
+    got, third = pretrain('c', *words, **env)
+    assert got.code == 0 and not third and 'finished already' in got.out and (tmp_path/'run'/'model.safetensors').read_bytes() == weights
+    assert (tmp_path/'requeued').read_text().count('requeue') == 1
+
+def test_a_run_goes_on_as_the_run_it_is(pretrain, undisturbed, tmp_path):
+    "Another config, command or flag: one line that names it, and the folder is left alone."
+    shutil.copytree(undisturbed[0], tmp_path/'run')
+    before = {f: f.read_bytes() for f in (tmp_path/'run').rglob('*') if f.is_file()}
+    auto = '--out', 'run', '--resume', 'auto'
+    for name, words, said in (('mae-pretrain', (*WORDS, *auto, '--seed', '1'), 'run was begun with seed = 0, and now seed = 1'),
+                              ('mae-pretrain', (*WORDS, *auto, '--max-steps', '3'), 'run was begun with max_steps = None, and now max_steps = 3'),
+                              ('mae-pretrain', (*WORDS, *auto, '--epochs', '3'), 'run was begun with recipe = '),
+                              ('mae-pretrain', ('--resume', 'run', '--epochs', '3'), '--epochs has no effect with --resume run'),
+                              ('mae-pretrain', ('fashion', '--resume', 'run'), '--data has no effect with --resume run'),
+                              ('mae-pretrain', ('--resume', 'run', '--out', 'other'), '--out has no effect with --resume run'),
+                              ('mae-pretrain', ('--resume', 'nowhere'), 'nowhere is no run folder'),
+                              ('mae-pretrain', (*WORDS, '--resume', 'auto'), '--resume auto needs --out'),
+                              ('mae-pretrain', (*WORDS, '--out', 'run'), 'run is there already and not empty'),
+                              ('mae-finetune', ('--resume', 'run'), 'run was made by mae-pretrain: go on with that command'),
+                              ('mae-probe', ('linear', 'fashion', 'run', '--num-workers', '0', *auto), 'run was begun with task = ')):
+        got, steps = pretrain('a', *words, name=name)
+        assert got.code == 2 and said in got.line and not steps, (words, got)
+    assert {f: f.read_bytes() for f in (tmp_path/'run').rglob('*') if f.is_file()} == before
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+def small_disk(place, size, flags=0):
+    "Mount a small disk, or say why there can be none."
+    if LIBC.mount(b'tmpfs', str(place).encode(), b'tmpfs', flags, f'size={size}'.encode()): return f'no small disk here: {os.strerror(ctypes.get_errno())}'
+
+def own_mounts():
+    "A user namespace in which this process and its forks may mount, or why there can be none."
+    ids = os.getuid(), os.getgid()
+    if LIBC.unshare(0x10000000 | 0x20000): return f'no user namespaces here: {os.strerror(ctypes.get_errno())}'   # CLONE_NEWUSER, CLONE_NEWNS
+    for file, text in (('setgroups', 'deny'), ('uid_map', f'0 {ids[0]} 1'), ('gid_map', f'0 {ids[1]} 1')): Path(f'/proc/self/{file}').write_text(text)
+
+def test_a_disk_of_20_mb_that_fills_up(undisturbed, tmp_path):
+    "Two checkpoints of 8 MB fit. The third stops the run, which goes on bit for bit when there is room, or trains on without where it was told to."
+    (whole, steps), disk = undisturbed, tmp_path/'disk'
+    disk.mkdir()
+    def pretrain(log, *words):
+        got = begin_command(tmp_path, 'mae-pretrain', *words, before=few(tmp_path/log))[1]()
+        return got, steps_of(tmp_path/log)
+    def story():
+        if why := own_mounts() or small_disk(disk, '20m'): print(why); os._exit(77)
+        got, done = pretrain('a', *WORDS, '--out', 'disk/run')
+        assert got.code == 1 and 'no space left on the disk for a checkpoint in disk/run/checkpoints; the older ones there are whole: free some and go on with --resume disk/run' in got.line, got
+        found = checkpoints_in(disk/'run'/'checkpoints')
+        assert len(found) == 2 and 0 < len(done) < len(steps) and all(read_checkpoint(f) for f in found)
+        got, _ = pretrain('b', '--resume', 'disk/run')   # no room yet
+        assert got.code == 1 and 'no space left on the disk' in got.line and all(read_checkpoint(f) for f in found), got
+        assert not small_disk(disk, '60m', 32)           # MS_REMOUNT
+        got, rest = pretrain('c', '--resume', 'disk/run')
+        assert got.code == 0 and rest == steps[sum(s < step_of_name(found[0]) for s in steps):], got
+        check_same(disk/'run', whole)
+        shutil.rmtree(disk/'run'); assert not small_disk(disk, '20m', 32)
+        got, done = pretrain('d', *WORDS, '--out', 'disk/run', '--if-full', 'continue')
+        assert 'training goes on without' in got.out and done == steps and got.code == 0, got
+        assert (disk/'run'/'model.safetensors').read_bytes() == (whole/'model.safetensors').read_bytes()
+    code = exit_code(fork(story, tmp_path/'log'))
+    if code == 77: pytest.skip((tmp_path/'log').read_text().strip())
+    assert code == 0, (tmp_path/'log').read_text()
