@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -21,12 +22,13 @@ from mae_nb import checkpoints, cli
 from mae_nb.checkpoints import BadCheckpoint, checkpoints_in, newest_checkpoint, read_checkpoint
 from mae_nb.classifier import create_classifier, seeded
 from mae_nb.data import Samples, get_dls, load_source
+from mae_nb.distributed import rank, together
 from mae_nb.engine import Guard, RunWriter, make_run
 from mae_nb.finetune import finetune_learner
 from mae_nb.mae import create_mae
 from mae_nb.pretrain import pretrain_learner
 from mae_nb.probes import linear_probe_learner
-from mae_nb.recipes import RECIPES, change
+from mae_nb.recipes import RECIPES, change, loader_batch
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
 
@@ -40,19 +42,18 @@ def sets():
 TINY = dict(in_chans=1, dim=32, depth=2, num_heads=2)
 RUN = dict(epochs=3, warmup_epochs=1, batch_size=40, accumulate=4)   # 22 batches an epoch, of which the last two make a smaller step
 
-def tiny_mae(): return seeded(0, create_mae, 'mae_vit_nano_patch4_28', target='pixels', decoder_dim=32, **TINY)
+OPTIONS = {'pretrain': dict(RUN, clip=1.), 'finetune': dict(RUN, ema=.9, mixup=.8, cutmix=1., drop_path=.1, erase=.25), 'plain finetune': dict(RUN, ema=.9, drop_path=.1),
+           'linear': dict(epochs=3, warmup_epochs=1, batch_size=20)}
 
-def learner(task, out, workers=0, **kwargs):
-    "A run that goes on where its folder stops."
+def learner(task, out, workers=0, parts=1, more=(), **kwargs):
+    "A run that goes on where its folder stops; its models have the default type."
     out = make_run(out, dict(task=task), resume=True)
     torch.manual_seed(os.getpid())   # which must not matter
-    more = dict(pretrain=dict(RUN, clip=1.), finetune=dict(RUN, ema=.9, mixup=.8, cutmix=1., drop_path=.1, erase=.25), linear=dict(epochs=3, warmup_epochs=1, batch_size=20))[task]
-    r = change(RECIPES[f'{task}_fashion'], more)
-    dls = get_dls(sets(), r, img_size=28, bs=r.batch_size // more.get('accumulate', 1), num_workers=workers)
-    kwargs = dict(save_every=2, out=out) | kwargs
-    if task == 'pretrain': return pretrain_learner(dls, tiny_mae(), r, **kwargs)
-    if task == 'linear': return linear_probe_learner(dls, tiny_mae(), r, **kwargs)
-    return finetune_learner(dls, seeded(0, create_classifier, 'mae_vit_nano_patch4_28', 10, drop_path=.1, **TINY), r, **kwargs)
+    r = change(RECIPES[f'{task.split()[-1]}_fashion'], OPTIONS[task] | dict(more))
+    dls = get_dls(sets(), r, img_size=28, bs=loader_batch(r, parts), num_workers=workers)
+    if 'finetune' in task: make, model = finetune_learner, seeded(0, create_classifier, 'mae_vit_nano_patch4_28', 10, drop_path=.1, **TINY)
+    else: make, model = dict(pretrain=pretrain_learner, linear=linear_probe_learner)[task], seeded(0, create_mae, 'mae_vit_nano_patch4_28', target='pixels', decoder_dim=32, **TINY)
+    return make(dls, model.to(torch.get_default_dtype()), r, **dict(save_every=2, out=out) | kwargs)
 
 def in_fork(func, log): assert exit_code(fork(func, log)) == 0, log.read_text()
 
@@ -109,7 +110,7 @@ def killed_and_resumed(task, lives, straight, tmp_path, after=None):
         if isinstance(moment, float): time.sleep(moment); os.kill(pid, signal.SIGKILL)
         code = exit_code(pid)
         if moment is None: assert code == 0, log.read_text()
-        else: assert code in (-signal.SIGKILL, 1 if moment in WORKER_DIES else -signal.SIGKILL), (code, log.read_text())
+        else: assert code == (1 if moment is worker_dies else -signal.SIGKILL), (code, log.read_text())
         done = steps_of(steps)
         assert done == all_steps[begin:begin + len(done)], (i, batches, done)   # never from the start again
         if found: assert 'goes on at epoch' in log.read_text()
@@ -173,12 +174,11 @@ def half_a_row(n):
 def kill_main(): os.kill(os.getppid(), signal.SIGKILL)
 worker_kills = call(Samples, '__getitem__', 150, do=kill_main)   # counted in each worker
 worker_dies = call(Samples, '__getitem__', 150)
-WORKER_DIES = (worker_dies,)
 
 MOMENTS = {
     'before a batch': event('before_batch', 30, -99), 'before the forward pass': event('before_batch', 9), 'after the forward pass': event('after_pred', 14),
     'after the loss': event('after_loss', 31), 'after the gradient': event('after_backward', 29), 'before the first step': event('before_step', 1),
-    'before a step': event('before_step', 28), 'after a step': event('after_step', 7), 'after the last step': event('after_step', 18),
+    'before a step': event('before_step', 28, 8), 'after a step': event('after_step', 7), 'after the last step': event('after_step', 18),
     'after a batch, not saved yet': event('after_batch', 15, 64), 'after a batch, being saved': event('after_batch', 32, 66),
     'before a save': call(checkpoints, 'save_file', 3), 'in a save': half_a_save(4), 'written, not flushed': call(checkpoints, 'save_file', 2, True),
     'in the first save': half_a_save(1), 'before fsync': call(checkpoints, 'to_disk', 7), 'after fsync': call(checkpoints, 'to_disk', 9, True),
@@ -200,9 +200,11 @@ assert len(MOMENTS) >= 30
 ], ids=['step', 'loader', 'save and epoch', 'row'])
 def test_a_killed_run_goes_on(task, lives, after, straight, tmp_path): killed_and_resumed(task, lives, straight, tmp_path, after)
 
+LAST_ROW = pytest.mark.xfail(reason='Checkpoints.before_fit puts back the tables of the last checkpoint, which was made before the last row')
+
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('moment', MOMENTS)
+@pytest.mark.parametrize('moment', [pytest.param(m, marks=LAST_ROW) if m == 'after the end' else m for m in MOMENTS])
 def test_killed_at_every_kind_of_moment(moment, workers, straight, tmp_path):
     task = ('pretrain', 'finetune', 'linear')[(list(MOMENTS).index(moment) + workers) % 3]
     if moment == 'in the loader' and workers: pytest.skip('the next test')
@@ -234,7 +236,7 @@ def test_a_worker_that_dies_ends_the_run_and_it_goes_on(straight, tmp_path):
     killed_and_resumed('finetune', [(worker_dies, 2)], straight, tmp_path)
     assert 'DataLoader worker' in (tmp_path/'0.log').read_text()
 
-@pytest.mark.xfail(reason='Checkpoints.before_fit puts back the tables of the last checkpoint, which was made before the last row')
+@LAST_ROW
 def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
     out = tmp_path/'run'
     in_fork(partial(live, 'pretrain', out, tmp_path/'0.steps'), tmp_path/'0.log')
@@ -519,3 +521,102 @@ def test_a_disk_of_20_mb_that_fills_up(undisturbed, tmp_path):
     code = exit_code(fork(story, tmp_path/'log'))
     if code == 77: pytest.skip((tmp_path/'log').read_text().strip())
     assert code == 0, (tmp_path/'log').read_text()
+
+# ---- several processes --------------------------------------------------------------------------------------------------------------
+
+class Seen(Callback):
+    "Note each trained sample: where it came, its number, its pixels and its mask's or drop path's noise."
+    order, run_valid = -5, False
+    def __init__(self, file): self.file = file
+    def before_batch(self):
+        digest = lambda x: hashlib.sha256(x.numpy().tobytes()).hexdigest()[:12]
+        rows = zip(self.yb[0].tolist(), *(map(digest, x) for x in self.xb if isinstance(x, torch.Tensor)))
+        with open(self.file, 'a') as f: f.writelines(f'{json.dumps([self.epoch, self.iter, rank(), *row])}\n' for row in rows)
+
+class Double(Callback):
+    "Train in float64."
+    order = -4
+    def before_batch(self): self.learn.xb = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in self.xb)
+
+def free_port():
+    with socket.socket() as s: s.bind(('localhost', 0)); return s.getsockname()[1]
+
+def parallel(task, out, log, n, kills=None):
+    "One life of a run in n processes; `kills` are {rank: moment}. Their exit codes."
+    def process(r, port):
+        os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        torch.set_default_dtype(torch.float64)
+        killers = (kills or {}).get(r, lambda: None)()
+        notes = [Steps(log.with_suffix('.steps'))] if r == 0 else []
+        with together():
+            learn = learner(task, out, cbs=[*notes, Seen(log.with_suffix(f'.seen{r}')), Double(), *(killers or [])], parts=n, more={} if task == 'linear' else dict(accumulate=2), max_steps=12)
+            learn.fit_recipe()
+    port = free_port()
+    pids = [fork(partial(process, r, port), log.with_suffix(f'.log{r}')) for r in range(n)]
+    until = time.time() + 90
+    while time.time() < until and any(os.waitid(os.P_PID, p, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None for p in pids): time.sleep(.02)
+    for p in pids: os.kill(p, signal.SIGKILL)   # whoever waits for a dead one
+    return [exit_code(p) for p in pids]
+
+def seen(*logs):
+    "What was trained, in order; a later life's batches stand for an earlier one's."
+    found = {}
+    for log in logs:
+        life = {}
+        for r in (0, 1):
+            if not (file := log.with_suffix(f'.seen{r}')).exists(): continue
+            for epoch, i, part, *sample in map(json.loads, file.read_text().splitlines()): life.setdefault((epoch, i), {}).setdefault(part, []).append(sample)
+        found |= life
+    return [sample for where in sorted(found) for part in sorted(found[where]) for sample in found[where][part]]
+
+def said(log): return ''.join(f.read_text() for f in log.parent.glob(f'{log.stem}.log*'))
+
+@pytest.fixture(scope='module')
+def straight_parallel(tmp_path_factory):
+    @cache
+    def run(task, n):
+        folder = tmp_path_factory.mktemp('parallel')
+        assert parallel(task, folder/'run', folder/'a', n) == [0] * n, said(folder/'a')
+        return folder/'run', steps_of(folder/'a.steps'), seen(folder/'a')
+    return run
+
+def lives_in_parallel(task, lives, straight_parallel, tmp_path, same):
+    "Lives of (processes, kills); at the end the same samples were trained, and the weights are the same."
+    out, everything = tmp_path/'run', []
+    whole, steps, samples = straight_parallel(task, same)
+    for i, (n, kills) in enumerate(lives):
+        found = newest_checkpoint(out/'checkpoints')
+        begin = sum(s < found[2]['run']['step'] for s in steps) if found else 0
+        codes = parallel(task, out, tmp_path/str(i), n, kills)
+        if kills: assert -signal.SIGKILL in codes and 0 not in codes, said(tmp_path/str(i))
+        else: assert codes == [0] * n, said(tmp_path/str(i))
+        done = steps_of(tmp_path/f'{i}.steps')
+        assert done == steps[begin:begin + len(done)] and (begin > 0 or i == 0)
+        everything += done
+    assert sorted(set(everything)) == steps and len(everything) <= len(steps) + 5 * (len(lives) - 1)
+    assert seen(*(tmp_path/str(i) for i in range(len(lives)))) == samples
+    if len({n for n, _ in lives} | {same}) == 1: check_same(out, whole)
+    else:
+        ours, theirs = (newest_checkpoint(x/'checkpoints')[1] for x in (out, whole))
+        for k, v in theirs.items():
+            if k.startswith(('model.', 'opt.')): assert (ours[k].double() - v.double()).abs().max() <= 1e-9 * max(v.abs().max().item(), 1), k
+
+one = {1: event('after_backward', 9)}
+first = {0: event('after_step', 6)}
+both = {0: half_a_save(3), 1: event('before_batch', 10)}
+
+def test_two_processes_go_on(straight_parallel, tmp_path): lives_in_parallel('pretrain', [(2, one), (2, None)], straight_parallel, tmp_path, 2)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kills', [one, first, both], ids=['one', 'first', 'both'])
+@pytest.mark.parametrize('task', ['pretrain', 'finetune', 'linear'])
+def test_two_processes_killed(task, kills, straight_parallel, tmp_path): lives_in_parallel(task, [(2, kills), (2, None)], straight_parallel, tmp_path, 2)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['pretrain', 'plain finetune'])
+def test_from_two_processes_to_one_and_back(task, straight_parallel, tmp_path):
+    lives_in_parallel(task, [(2, one), (1, {0: event('before_batch', 5)}), (2, None)], straight_parallel, tmp_path, 1)
+
+@pytest.mark.slow
+def test_from_one_process_to_two_and_back(straight_parallel, tmp_path):
+    lives_in_parallel('pretrain', [(1, {0: event('after_loss', 9)}), (2, {0: event('after_pred', 5)}), (1, None)], straight_parallel, tmp_path, 2)
