@@ -205,11 +205,11 @@ assert len(MOMENTS) >= 30
 ], ids=['step', 'loader', 'save and epoch', 'row'])
 def test_a_killed_run_goes_on(task, lives, after, straight, tmp_path): killed_and_resumed(task, lives, straight, tmp_path, after)
 
-LAST_ROW = pytest.mark.xfail(reason='Checkpoints.before_fit puts back the tables of the last checkpoint, which was made before the last row')
+FINISHED = pytest.mark.xfail(reason='a finished run is put back to its last checkpoint, which lacks the last row, or is an older one where the newest is broken')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('moment', [pytest.param(m, marks=LAST_ROW) if m == 'after the end' else m for m in MOMENTS])
+@pytest.mark.parametrize('moment', [pytest.param(m, marks=FINISHED) if m == 'after the end' else m for m in MOMENTS])
 def test_killed_at_every_kind_of_moment(moment, workers, straight, tmp_path):
     task = ('pretrain', 'finetune', 'linear')[(list(MOMENTS).index(moment) + workers) % 3]
     if moment == 'in the loader' and workers: pytest.skip('the next test')
@@ -241,7 +241,7 @@ def test_a_worker_that_dies_ends_the_run_and_it_goes_on(straight, tmp_path):
     killed_and_resumed('finetune', [(worker_dies, 2)], straight, tmp_path)
     assert 'DataLoader worker' in (tmp_path/'0.log').read_text()
 
-@LAST_ROW
+@FINISHED
 def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
     out = tmp_path/'run'
     in_fork(partial(live, 'pretrain', out, tmp_path/'0.steps'), tmp_path/'0.log')
@@ -251,16 +251,33 @@ def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
     assert not steps_of(tmp_path/'1.steps') and 'finished already' in (tmp_path/'1.log').read_text()
     for f in files: assert f.read_bytes() == before[f], f
 
+@FINISHED
+def test_a_finished_run_whose_newest_checkpoint_breaks(straight, tmp_path):
+    "It is not taken for finished with older weights: what is missing is done again."
+    whole, steps = straight('pretrain')
+    shutil.copytree(whole, tmp_path/'run')
+    (newest := checkpoints_in(tmp_path/'run'/'checkpoints')[0]).write_bytes(newest.read_bytes()[:-1])
+    in_fork(partial(live, 'pretrain', tmp_path/'run', tmp_path/'0.steps'), tmp_path/'0.log')
+    assert steps_of(tmp_path/'0.steps') == steps[sum(s < step_of_name(checkpoints_in(whole/'checkpoints')[1]) for s in steps):]
+    check_same(tmp_path/'run', whole)
+
+@pytest.mark.xfail(reason='prune counts the broken ones, and removes the new one instead of them')
+def test_broken_checkpoints_are_not_kept_for_whole_ones(tmp_path):
+    numbered(tmp_path/'checkpoints', 2, 4, 6)
+    for f in checkpoints_in(tmp_path/'checkpoints')[:2]: f.write_bytes(b'')
+    checkpoints.Checkpoints(tmp_path, keep=1).write(3, dict(w=torch.full((500,), 3.)), dict(run=dict(fit=-1, step=3)))   # it went on from 2
+    assert newest_checkpoint(tmp_path/'checkpoints')[2]['run']['step'] == 3
+
 # ---- a save that is interrupted at every call ---------------------------------------------------------------------------------------
 
 def numbered(folder, *steps):
     "Small checkpoints, whose numbers tell their step."
+    folder.mkdir(parents=True, exist_ok=True)
     for step in steps: checkpoints.save_checkpoint(folder, step, dict(w=torch.full((500,), float(step))), dict(run=dict(fit=-1, step=step)))
 
 def interrupted_save(tmp_path, fault):
     "Save a fourth checkpoint of which three are kept, with a fault: 0 if nothing was wrong, 3 for an OSError, or the signal."
     folder = tmp_path/'run'/'checkpoints'
-    folder.mkdir(parents=True)
     numbered(folder, 1, 2, 3)
     old = {f: f.read_bytes() for f in folder.iterdir()}
     def save():
@@ -328,7 +345,7 @@ def test_a_save_interrupted_at_each_system_call(tmp_path):
             os.read(here, 1)
             try: checkpoints.Checkpoints(place/'run', keep=3).write(4, dict(w=torch.full((500,), 4.)), dict(run=dict(fit=-1, step=4)))
             except OSError: os._exit(3)
-        folder.mkdir(parents=True); numbered(folder, 1, 2, 3)
+        numbered(folder, 1, 2, 3)
         old = {f: f.read_bytes() for f in folder.iterdir()}
         pid = fork(save, place/'log')
         strace = subprocess.Popen(['strace', '-f', '-q', '-p', str(pid), '-o', place/'trace', *inject], stderr=subprocess.DEVNULL)
@@ -488,6 +505,14 @@ def test_a_signal_from_outside_at_any_time(pretrain, undisturbed, tmp_path, sign
     got, rest = pretrain('b', '--resume', 'run')
     assert got.code == 0 and steps_of(tmp_path/'a.steps') + rest == undisturbed[1]
     check_same(tmp_path/'run', undisturbed[0])
+
+@FINISHED
+@pytest.mark.parametrize('epochs', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_finished_probe_keeps_its_results(pretrain, undisturbed, tmp_path, epochs):
+    got, _ = pretrain('a', 'linear', 'fashion', undisturbed[0], '--epochs', epochs, '--set', 'warmup_epochs=0', '--bs', '20', '--num-workers', '0', '--out', 'probe', name='mae-probe')
+    results = (tmp_path/'probe'/'results.json').read_text()
+    got, steps = pretrain('b', '--resume', 'probe', name='mae-probe')
+    assert got.code == 0 and not steps and (tmp_path/'probe'/'results.json').read_text() == results, got
 
 def test_slurm_s_warning_puts_the_job_back_and_resume_auto_goes_on(pretrain, undisturbed, tmp_path):
     "The same line in a launch script, each time: begin, go on, find it finished."
