@@ -197,18 +197,18 @@ class Guard(Callback):
         spike = (self.seen >= 100) & (above > self.spike * self.var.sqrt()) & loss.isfinite()
         share = torch.where(loss.isfinite(), 1 / (self.seen + 1).clamp(max=100), 0.)
         above = torch.where(loss.isfinite(), above, 0.)
-        numbers = torch.stack([self.streak, self.skipped, spike, getattr(self.learn, 'stop', torch.zeros_like(loss)), loss, self.mean])
+        numbers = torch.stack([self.streak, self.skipped, spike, getattr(self.learn, 'stop', torch.zeros_like(loss))]).long()
+        mean = self.mean
         self.mean, self.var, self.seen = self.mean + share * above, (1 - share) * (self.var + share * above**2), self.seen + loss.isfinite()
         k = self.learn.batches_per_step
-        if read := self.later.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1)): self.look(*read)
+        if read := self.later.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean)): self.look(*read)
 
     def look(self, numbers:list, where:tuple):
         "Act on what the device has told."
-        streak, skipped, spike, stop, loss, mean = numbers
-        epoch, first, last = where
-        self.stop = int(stop)
-        if spike: self.note_spike(epoch, first, last, loss, mean)
-        if skipped > self.told and rank() == 0: print(f'epoch {epoch}, batch {last - 1}: loss or gradient is not a number, the step is skipped ({skipped:.0f} so far)', flush=True)
+        streak, skipped, spike, self.stop = numbers
+        epoch, first, last, loss, mean = where
+        if spike: self.note_spike(epoch, first, last, loss.item(), mean.item())
+        if skipped > self.told and rank() == 0: print(f'epoch {epoch}, batch {last - 1}: loss or gradient is not a number, the step is skipped ({skipped} so far)', flush=True)
         self.told = skipped
         if streak >= self.patience: self.give_up(epoch, first, last)
 
@@ -237,7 +237,7 @@ class Guard(Callback):
     def run_tensors(self): return {k: getattr(self, k) for k in ('streak', 'skipped', 'mean', 'var', 'seen')}
     def load_run_tensors(self, tensors):
         for k, v in tensors.items(): setattr(self, k, v.to(self.dls.device))
-        self.told = float(self.skipped)
+        self.told = int(self.skipped)
 
 # %% ../nbs/21_engine.ipynb #60d06ac0
 class StopAt(Callback):

@@ -248,9 +248,9 @@ RECIPES = {
     'scratch_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=5e-3, drop_path=0., layer_decay=1., crop_scale=(.7, 1.), **_PLAIN),
 }
 RECIPES |= {f'{task}_{data}': recipe for data in ('fashion', 'cifar10') for task, recipe in dict(
-    linear=LinearRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=20., crop_scale=(.7, 1.), amp=False),
-    partial=PartialRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=4e-3, drop_path=0., crop_scale=(.7, 1.), **_PLAIN),
-    attentive=AttentiveRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=4e-3, queries=8, crop_scale=(.7, 1.), amp=False)).items()}
+    linear=LinearRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=40., crop_scale=(.7, 1.), amp=False),
+    partial=PartialRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=1e-2, drop_path=0., crop_scale=(.7, 1.), **_PLAIN),
+    attentive=AttentiveRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=2e-2, queries=8, crop_scale=(.7, 1.), amp=False)).items()}
 
 # %% ../nbs/11_recipes.ipynb #c750d8c4
 def change(
