@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -35,7 +34,7 @@ from mae_nb.pretrain import pretrain_learner
 from mae_nb.probes import linear_probe_learner
 from mae_nb.recipes import RECIPES, change, loader_batch
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
+resource = pytest.importorskip('resource', reason='kills forked processes, which Windows lacks')
 
 # ---- tiny runs, each life of one in a process of its own ----------------------------------------------------------------------------
 
@@ -79,7 +78,7 @@ def live(task, out, steps, moment=None, workers=0, **kwargs):
 
 def state_of(out):
     "All that a finished run must have in common with another one."
-    file, tensors, config = newest_checkpoint(out/'checkpoints')
+    _, tensors, config = newest_checkpoint(out/'checkpoints')
     run = config['run']
     files = {f: (out/f).read_bytes() for f in ('model.safetensors', 'metrics.csv', *(['classes.csv'] if (out/'classes.csv').exists() else []))}
     return files, tensors, config | dict(run=run | dict(files={k: v for k, v in run['files'].items() if k != 'timing.csv'}))
@@ -121,7 +120,7 @@ def killed_and_resumed(task, lives, straight, tmp_path, after=None):
         else: assert code == (1 if moment is worker_dies else -signal.SIGKILL), (code, log.read_text())
         done = steps_of(steps)
         assert done == all_steps[begin:begin + len(done)], (i, batches, done)   # never from the start again
-        if found: assert 'goes on at epoch' in log.read_text()
+        if found and done: assert 'goes on at epoch' in log.read_text()
         saved = newest_checkpoint(out/'checkpoints')
         lost = begin + len(done) - sum(s < (saved[2]['run']['step'] if saved else 0) for s in all_steps)
         assert 0 <= lost <= 5, (i, lost)   # two steps to the next checkpoint, two while the last one was being written, and the one cut off
@@ -208,11 +207,11 @@ assert len(MOMENTS) >= 30
 ], ids=['step', 'loader', 'save and epoch', 'row'])
 def test_a_killed_run_goes_on(task, lives, after, straight, tmp_path): killed_and_resumed(task, lives, straight, tmp_path, after)
 
-FINISHED = pytest.mark.xfail(reason='a finished run is put back to its last checkpoint, which lacks the last row, or is an older one where the newest is broken')
+FINISHED = pytest.mark.xfail(reason='a finished run is put back to its last checkpoint, which lacks the last row of the record, or is an older one where the newest is broken')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('moment', [pytest.param(m, marks=FINISHED) if m == 'after the end' else m for m in MOMENTS])
+@pytest.mark.parametrize('moment', MOMENTS)
 def test_killed_at_every_kind_of_moment(moment, workers, straight, tmp_path):
     task = ('pretrain', 'finetune', 'linear')[(list(MOMENTS).index(moment) + workers) % 3]
     if moment == 'in the loader' and workers: pytest.skip('the next test')
@@ -244,7 +243,6 @@ def test_a_worker_that_dies_ends_the_run_and_it_goes_on(straight, tmp_path):
     killed_and_resumed('finetune', [(worker_dies, 2)], straight, tmp_path)
     assert 'DataLoader worker' in (tmp_path/'0.log').read_text()
 
-@FINISHED
 def test_a_finished_run_is_left_as_it_is(straight, tmp_path):
     out = tmp_path/'run'
     in_fork(partial(live, 'pretrain', out, tmp_path/'0.steps'), tmp_path/'0.log')
@@ -563,6 +561,7 @@ def small_disk(place, size, flags=0):
 def own_mounts():
     "A user namespace in which this process and its forks may mount, or why there can be none."
     ids = os.getuid(), os.getgid()
+    if not hasattr(LIBC, 'unshare'): return 'no user namespaces here'
     if LIBC.unshare(0x10000000 | 0x20000): return f'no user namespaces here: {os.strerror(ctypes.get_errno())}'   # CLONE_NEWUSER, CLONE_NEWNS
     for file, text in (('setgroups', 'deny'), ('uid_map', f'0 {ids[0]} 1'), ('gid_map', f'0 {ids[1]} 1')): Path(f'/proc/self/{file}').write_text(text)
 
