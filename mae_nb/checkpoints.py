@@ -80,7 +80,7 @@ def save_checkpoint(
         file = part.with_name(f'step-{step:09}-{_digest(part)}.safetensors')
         os.replace(part, file)
         to_disk(part.parent)
-    except safetensors.SafetensorError as e: raise OSError(f'{part}: {e}') from e
+    except (RuntimeError, safetensors.SafetensorError) as e: raise OSError(f'{part}: {e}') from e
     finally: part.unlink(missing_ok=True)
     return file
 
@@ -92,8 +92,9 @@ def read_checkpoint(
     try:
         if not file.stem.endswith(f'-{_digest(file)}'): raise BadCheckpoint('its bytes are not those its name tells')
         with safetensors.safe_open(file, 'pt') as f: config = json.loads(f.metadata()['config'])
+        if not isinstance(config, dict): raise BadCheckpoint('its config is no table')
         return load_file(file), config
-    except (OSError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as e: raise BadCheckpoint(f'{file}: {e}') from e
+    except (OSError, RuntimeError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as e: raise BadCheckpoint(f'{file}: {e}') from e
 
 def checkpoints_in(
     folder:str|Path,  # of the checkpoints

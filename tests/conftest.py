@@ -46,32 +46,46 @@ def terminal(tmp_path):
         return Said(done.stdout, done.stderr, done.returncode)
     return run
 
-@pytest.fixture
-def forked(tmp_path):
-    "Run a command in a fork of this process, which has imported everything: the same parser and exit codes, without the wait."
+def fork(func, out, err=None):
+    "Run a function in a fork of this process, which has imported everything; what it prints goes to files. The fork's number."
+    sys.stdout.flush(); sys.stderr.flush()
+    if pid := os.fork(): return pid
+    code = 1
+    try:
+        for file, fd in ((out, 1), (err or out, 2)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+        sys.stdout, sys.stderr = (os.fdopen(fd, 'w', closefd=False) for fd in (1, 2))
+        func()
+        code = 0
+    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+
+def exit_code(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])   # negative: the signal that has ended it
+
+def begin_command(folder, name, *words, before=None, **env):
+    "Begin a command in a fork, in a folder: its number, and a function that waits for what it said. `before` is called in the fork first."
     from fastcore.script import _run_cli
 
     from mae_nb import cli
-    def run(name, *words, **env):
-        out, err = tmp_path/'.out', tmp_path/'.err'
-        sys.stdout.flush(); sys.stderr.flush()
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                for file, fd in ((out, 1), (err, 2)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-                sys.stdout, sys.stderr = os.fdopen(1, 'w'), os.fdopen(2, 'w')
-                os.chdir(tmp_path); os.environ.update(env)
-                sys.argv = [name, *map(str, words)]
-                _run_cli(getattr(cli, name.replace('-', '_')).__wrapped__, False)
-                code = 0
-            except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
-            except BaseException: traceback.print_exc()
-            finally:
-                sys.stdout.flush(); sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        return Said(out.read_text(), err.read_text(), os.waitstatus_to_exitcode(status))
-    return run
+    out, err = folder/'.out', folder/'.err'
+    for f in (out, err): f.unlink(missing_ok=True)
+    def run():
+        os.chdir(folder); os.environ.update(env)
+        sys.argv = [name, *map(str, words)]
+        if before: before()
+        _run_cli(getattr(cli, name.replace('-', '_')).__wrapped__, False)
+    pid = fork(run, out, err)
+    def said():
+        code = exit_code(pid)
+        return Said(out.read_text(), err.read_text(), code)
+    return pid, said
+
+@pytest.fixture
+def forked(tmp_path):
+    "Run a command in a fork of this process: the same parser and exit codes, without the wait."
+    return lambda *words, **env: begin_command(tmp_path, *words, **env)[1]()
 
 @pytest.fixture
 def photos(tmp_path):
