@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def members(
     found = []
     try:
         with tarfile.open(tar, 'r:') as outer:
-            for m in outer:
+            for m in tqdm(outer, desc=f'reading {tar.name}', unit=' members', disable=None):
                 if not m.isfile(): continue
                 if not m.name.endswith('.tar'): found.append((os.path.basename(m.name), m.offset_data, m.size)); continue
                 with tarfile.open(fileobj=outer.extractfile(m), mode='r:') as inner:
@@ -129,17 +130,17 @@ class Rows(Encoded):
         names:list,   # of each picture; None where it has none
     ):
         super().__init__(len(names)); self.groups, self.names = groups, names
-        self.ends, self.kept = np.cumsum([n for *_, n in groups]), (None, None)
+        self.ends, self.kept = np.cumsum([n for *_, n in groups]).tolist(), (None, None)
     def read(self, i):
-        g = int(np.searchsorted(self.ends, i, 'right'))
+        g = bisect_right(self.ends, i)
         if self.kept[0] != g:
             from pyarrow.parquet import ParquetFile
             file, group, _ = self.groups[g]
             self.kept = g, ParquetFile(file).read_row_group(group, columns=['image.bytes'], use_threads=False)['image'].combine_chunks().field('bytes')
-        return self.kept[1][i - int(self.ends[g]) + self.groups[g][2]].as_py()
+        return self.kept[1][i - self.ends[g] + self.groups[g][2]].as_py()
     def name_of(self, i):
-        g = int(np.searchsorted(self.ends, i, 'right'))
-        return self.names[i] or f'{self.groups[g][0].name}, row {i - int(self.ends[g - 1] if g else 0)} of group {self.groups[g][1]}'
+        g = bisect_right(self.ends, i)
+        return self.names[i] or f'{self.groups[g][0].name}, row {i - (self.ends[g - 1] if g else 0)} of group {self.groups[g][1]}'
     def __getstate__(self): return self.__dict__ | dict(kept=(None, None))
 
 def parquet_files(
@@ -375,17 +376,17 @@ class Packed(Encoded):
     ):
         super().__init__(sum(row['images'] for _, row in shards))
         self.folder, self.shards, self.uri = folder, shards, uri
-        self.ends, self.opened, self.pid = np.cumsum([row['images'] for _, row in shards]), {}, None
+        self.ends, self.opened, self.pid = np.cumsum([row['images'] for _, row in shards]).tolist(), {}, None
     def row(self, i):
         "The record batch that is picture `i`, and its shard's number."
-        s = int(np.searchsorted(self.ends, i, 'right'))
+        s = bisect_right(self.ends, i)
         if self.pid != os.getpid(): self.opened, self.pid = {}, os.getpid()   # a forked process opens its own files
         if s not in self.opened:
             if len(self.opened) >= self.max_open: self.opened.clear()
             file, row = self.shards[s]
             pa, file = _arrow(), fetch(self.uri, file, row, self.folder) if self.uri else self.folder/file
             self.opened[s] = pa.ipc.open_file(pa.OSFile(str(file)))
-        return self.opened[s].get_batch(i - int(self.ends[s]) + self.shards[s][1]['images']), s
+        return self.opened[s].get_batch(i - self.ends[s] + self.shards[s][1]['images']), s
     def read(self, i): return self.row(i)[0]['image'][0].as_py()
     def name_of(self, i): batch, s = self.row(i); return f'{batch["name"][0]} in {self.uri or self.folder}/{self.shards[s][0]}'
     def __getstate__(self): return self.__dict__ | dict(opened={}, pid=None)
