@@ -430,9 +430,9 @@ def mae_pack(
             if quality is not None and max_side is None: raise ValueError('--quality has no meaning without --max-side: files are kept as they are')
             for flag, value, top in (('max-side', max_side, 10**5), ('quality', quality, 100), ('per-shard', per_shard, 10**6)):
                 if value is not None and not 1 <= value <= top: raise ValueError(f'--{flag} must be from 1 to {top:,}, got {value}')
-            parts = parts_of(source)
-            place['out'], index = out, pack(parts, out, read=read_image, max_side=max_side, quality=quality or 90, per_shard=per_shard, skip_bad=skip_bad,
-                                            num_workers=os.cpu_count() or 1 if num_workers is None else num_workers)
+            parts, place['out'] = parts_of(source), out
+            index = pack(parts, out, read=read_image, max_side=max_side, quality=quality or 90, per_shard=per_shard, skip_bad=skip_bad,
+                         num_workers=os.cpu_count() or 1 if num_workers is None else num_workers)
         rows = index['shards'].values()
         for _, name, reason in (b for row in rows for b in row['left_out']): print(f'left out {name}: {reason}')
         if not index['complete']: raise ValueError(f'{source} is not finished: run the same mae-pack again, it goes on where it was cut off')
