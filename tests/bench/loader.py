@@ -47,9 +47,10 @@ def ours(source, bs, workers=0): return get_dls(source, RECIPES['pretrain'], img
 
 def decoder():
     "libjpeg-turbo by the shortest way that is installed, and its name."
-    try: import simplejpeg
+    try:
+        from simplejpeg import decode_jpeg
     except ImportError: return 'torchvision.io', lambda raw: torchvision.io.decode_jpeg(torch.frombuffer(bytearray(raw), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB)
-    return 'simplejpeg', partial(simplejpeg.decode_jpeg, colorspace='RGB')
+    return 'simplejpeg', partial(decode_jpeg, colorspace='RGB')
 
 def decode_rate(raws, decode):
     "Pictures a second of decoding alone, from memory."
