@@ -30,6 +30,7 @@ from .encoder import to_pair
 from .keyed import generator, key, uniforms
 from .mae import pick
 from .settings import setting
+from .shards import Encoded, encoded_parts
 
 # %% ../nbs/13_data.ipynb #d35a68fd
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -64,7 +65,7 @@ def read_image(
 class ImageSet:
     "Images, in memory or as files, and their labels."
     name: str                          # what the set is called, for messages
-    items: Sequence                    # uint8 array (n, h, w, c), or paths
+    items: Sequence                    # uint8 array (n, h, w, c), paths, or the bytes of image files
     labels: np.ndarray|None = None     # (n,) class numbers; None where there are none
     classes: list = field(default_factory=list)  # the classes' names
     mean: tuple = IMAGENET_MEAN        # of pixels in [0, 1], one a channel
@@ -77,12 +78,17 @@ class ImageSet:
     def read(self, i:int) -> torch.Tensor:  # image (c, h, w), uint8
         "Image number `i`."
         if isinstance(self.items, np.ndarray): return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        return read_image(self.items[i], self.in_chans)
+        item = self.items[i]
+        return read_image(io.BytesIO(item) if isinstance(item, bytes) else item, self.in_chans)
+
+    def file(self, i:int) -> str:
+        "What to call image number `i`, for messages."
+        return self.items.name(i) if isinstance(self.items, Encoded) else str(self.items[i])
 
     def take(self, ids) -> 'ImageSet':
         "The same set with these samples only."
         ids = np.asarray(ids)
-        items = self.items[ids] if isinstance(self.items, np.ndarray) else [self.items[i] for i in ids]
+        items = [self.items[i] for i in ids] if isinstance(self.items, list) else self.items[ids]
         return replace(self, items=items, labels=None if self.labels is None else self.labels[ids])
 
     def shots(self, per_class:int, seed:int=0) -> 'ImageSet':
@@ -198,10 +204,13 @@ def folder_sets(
 SOURCES = {'fashion': fashion, 'cifar10': cifar10}
 
 def load_source(
-    source:str|Path,  # a key of `SOURCES`, or a folder
+    source:str|Path,  # a key of `SOURCES`, a folder of images, packed, or of ImageNet's tars, or the address of a packed one in an object store
 ) -> tuple[ImageSet, ImageSet|None]:  # training set, and validation set where there is one
     "A data set by name or from a folder."
     if str(source) in SOURCES: return SOURCES[str(source)]()
+    if parts := encoded_parts(source):
+        sets = {k: ImageSet(f'{source}/{k}', p.items, p.labels, p.classes) for k, p in parts.items()}
+        return sets['train'], sets.get('val')
     if Path(source).is_dir(): return folder_sets(source)
     if os.sep in str(source) or '.' in str(source): raise FileNotFoundError(f'no such folder: {source}')
     pick(str(source), SOURCES, 'data set (and no folder of that name)')
@@ -351,7 +360,7 @@ class Loader:
         for i, reason in [b for b in bad if b[0] is not None]:
             if i in self.bad: continue
             self.bad[i] = reason
-            print(f'could not read {self.dataset.images.items[i]}, another image stands in for it: {reason}', flush=True)
+            print(f'could not read {self.dataset.images.file(i)}, another image stands in for it: {reason}', flush=True)
         if hopeless or len(self.bad) > self.max_bad * len(self.dataset):
             raise BadImages(f'{len(self.bad)} of {len(self.dataset)} files in {self.dataset.images.name} could not be read, more than {self.max_bad:.0%}: '
                             'remove or mend the files named above')
