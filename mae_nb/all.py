@@ -25,6 +25,7 @@ from .pretrain import *
 from .probes import *
 from .recipes import *
 from .settings import *
+from .speed import *
 from .targets import *
 from .transformer import *
 from .visualize import *
