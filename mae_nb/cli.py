@@ -447,6 +447,7 @@ def bench_step(
     model,             # an `MAE` or `Classifier`, on its device
     bs:int,            # images in a batch
     against:str=None,  # a key of `AGAINST`
+    like=None,         # the model whose size theirs has; ours if None
     *,
     pairs:int=9,       # turns
     steps:int=None,    # steps in a turn; as many as take half a second if None
@@ -457,7 +458,7 @@ def bench_step(
     encoder, device = getattr(model, 'encoder', model), next(model.parameters()).device
     imgs = torch.randn(bs, encoder.in_chans, *encoder.img_size, device=device)
     labels = torch.arange(bs, device=device) % model.head.out_features if hasattr(model, 'head') else None
-    models = dict(ours=model) | ({} if against is None else dict(theirs=AGAINST[pick(against, AGAINST, '--against')](model)))
+    models = dict(ours=model) | ({} if against is None else dict(theirs=AGAINST[pick(against, AGAINST, '--against')](like or model)))
     found = compare(in_turn({k: train_step(m, imgs, labels, dtype=dtype, compile=compile) for k, m in models.items()}, pairs, steps, device), bs)
     flops = step_flops(model)
     return found | dict(gflop_per_image=flops / 1e9, mfu=found['ours'] * flops / peak_flops(device, DTYPES[dtype]))
@@ -572,8 +573,9 @@ def mae_bench(
             if set: raise ValueError('--set has no meaning with --task finetune')
             net = create_classifier(model, 1000, 'cls' if against == 'transformers' else 'avg')
         else: net = create_mae(model, **mae_options(recipe))
+        like = create_mae(model, **mae_options(change(recipe, dict(decoder='self', decode_ratio=1.)))).to(device) if getattr(net, 'partial', False) else None   # they have the paper's decoder
         net = net.to(device)
-        if what == 'step': found = bench_step(net, bs, against, pairs=pairs, steps=steps, dtype=dtype, compile=compile)
+        if what == 'step': found = bench_step(net, bs, against, like, pairs=pairs, steps=steps, dtype=dtype, compile=compile)
         if what == 'loader': found = bench_loader(load_source(data), recipe, bs, net.encoder.img_size, batches=steps or 30, num_workers=num_workers, device=device)
         if what == 'learner': found = bench_learner(net, change(recipe, dict(amp=dtype == 'bfloat16')), bs, pairs=pairs, steps=steps or 30)
         if what == 'save': found = bench_save(net, pairs)

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from mae_nb.classifier import create_classifier
 from mae_nb.mae import SIZES, create_mae
 from mae_nb.probes import FrozenProbe, LinearHead
-from mae_nb.speed import DTYPES, in_turn, like_timm, like_transformers, machine, peak_flops, step_flops, step_memory, train_step
+from mae_nb.speed import DTYPES, in_turn, like_timm, like_transformers, machine, peak_flops, step_flops, train_step
+from mae_nb.speed import step_memory as planned
 
 MODELS = dict(B='mae_vit_base_patch16', L='mae_vit_large_patch16', H='mae_vit_huge_patch14', nano='mae_vit_nano_patch4_32')
 BATCH = dict(B=(256, 128), L=(256, 64), H=(128, 32), nano=(4, 4))   # of pretraining; of what sees all patches
@@ -58,16 +59,16 @@ def prepared(size, switch, device):
     encoder, labelled = getattr(model, 'encoder', model), hasattr(model, 'head')
     bs, amp = BATCH[size][labelled], options['dtype'] == 'bfloat16'
     told = dict(model=size, switch=switch, bs=bs, gflop_per_image=step_flops(model) / 1e9,
-                gib_planned=step_memory(model, bs, amp=amp, checkpointing=make is checkpointed).total / 2**30)
+                gib_planned=planned(model, bs, amp=amp, checkpointing=make is checkpointed).total / 2**30)
     imgs = torch.randn(bs, encoder.in_chans, *encoder.img_size, device=device)
     return train_step(like(model) if like else model, imgs, torch.arange(bs, device=device) if labelled else None, **options), told
 
-def measure(size, switch, device, turns, peak):
+def measure(size, switch, device, turns, steps, peak):
     "One row: images a second, MFU, memory; `peak`: operations a second of the device by type."
     step, told = prepared(size, switch, device)
     cuda = device.type == 'cuda'
     if cuda: gc.collect(); torch.cuda.reset_peak_memory_stats()   # our model beside theirs is gone
-    times = in_turn(dict(ours=step), turns, device=device)['ours']
+    times = in_turn(dict(ours=step), turns, steps, device)['ours']
     rate = told['bs'] / statistics.median(times)
     return told | dict(images_per_second=rate, slowest=told['bs'] / max(times), fastest=told['bs'] / min(times), mfu=rate * told['gflop_per_image'] * 1e9 / peak[SWITCHES[switch][2]['dtype']],
                        gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None)
@@ -98,7 +99,15 @@ def table(result):
         lines += [f"| {k['kernel']} | {k['share']:.1%} | {k['ms_a_step']:.2f} | {k['calls_a_step']:.0f} |" for k in rows]
     return '\n'.join(lines) + '\n'
 
-def main(args):
+def main(words=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--models', nargs='+', choices=MODELS, default=['B', 'L', 'H'])
+    p.add_argument('--budget', type=float, default=520, help='seconds after which no row is begun')
+    p.add_argument('--turns', type=int, default=5)
+    p.add_argument('--steps', type=int, help='in a turn; by default as many as take half a second')
+    p.add_argument('--device', help='by default the GPU if there is one')
+    p.add_argument('--json'); p.add_argument('--table')
+    args = p.parse_args(words)
     start, device = time.time(), torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     compiles = device.type == 'cuda'   # on a CPU a compilation alone takes longer than all else
     result = dict(machine=machine(device, torch.bfloat16 if compiles else torch.float32, ('transformers', 'timm')), budget=args.budget, rows=[], left_out=[], kernels={})
@@ -113,7 +122,7 @@ def main(args):
             try:
                 if switch == 'kernels': result['kernels'][size] = kernels(size, list(SWITCHES)[0 if compiles else 2], device)
                 else:
-                    result['rows'].append(measure(size, switch, device, args.turns, peak))
+                    result['rows'].append(measure(size, switch, device, args.turns, args.steps, peak))
                     print(f"{left():5.0f} s left  {size:5} {switch:40} {result['rows'][-1]['images_per_second']:10,.1f} images/s", flush=True)
             except torch.OutOfMemoryError: why = 'out of memory'
             torch.compiler.reset(); gc.collect()
@@ -124,11 +133,4 @@ def main(args):
         if args.table: Path(args.table).write_text(table(result))
     print('\n' + table(result))
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', nargs='+', choices=MODELS, default=['B', 'L', 'H'])
-    p.add_argument('--budget', type=float, default=520, help='seconds after which no row is begun')
-    p.add_argument('--turns', type=int, default=5, help='each about half a second')
-    p.add_argument('--device', help='by default the GPU if there is one')
-    p.add_argument('--json'); p.add_argument('--table')
-    main(p.parse_args())
+if __name__ == '__main__': main()
