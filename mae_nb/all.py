@@ -7,10 +7,12 @@ __all__ = []
 
 # %% ../nbs/27_all.ipynb #59cfea30
 from .augment import *
+from .checkpoints import *
 from .classifier import *
 from .cli import *
 from .data import *
 from .decoder import *
+from .distributed import *
 from .encoder import *
 from .engine import *
 from .finetune import *
@@ -26,6 +28,7 @@ from .probes import *
 from .recipes import *
 from .settings import *
 from .shards import *
+from .speed import *
 from .targets import *
 from .transformer import *
 from .visualize import *
