@@ -6,10 +6,13 @@
 __all__ = ['DEFAULT_MODELS', 'PROBES', 'Terminated', 'one_line', 'command', 'next_run', 'get_device', 'default_model',
            'default_recipe', 'with_flags', 'batches_of', 'pretrain', 'finetune', 'probe', 'measures', 'labelled',
            'read_picture', 'save_reconstructions', 'finish', 'mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show',
-           'mae_convert', 'judge', 'draw_table', 'mae_demo']
+           'mae_convert', 'Looks', 'check_data', 'check_table', 'mae_check', 'judge', 'draw_table', 'mae_demo']
 
 # %% ../nbs/26_cli.ipynb #9d9c1684
 import errno
+import hashlib
+import io
+import os
 import signal
 import sys
 import time
@@ -22,14 +25,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastcore.script import call_parse, is_cli
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from .classifier import classifier_from, create_classifier, load_encoder, seeded
-from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, get_dls, load_source, read_image
+from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, file_bytes, get_dls, load_source, printable, read_image, why_bad
 from .engine import TaskLearner, make_run, memory_gib, processes
 from .finetune import finetune_learner, write_classes
 from .interop import convert, load_mae, open_weights
 from .keyed import generator, key, uniform
-from .mae import create_mae, pick
+from .mae import SIZES, create_mae, pick
 from .pretrain import pretrain_learner
 from .probes import attentive_probe_learner, features, knn_probe, linear_probe, linear_probe_learner, partial_learner, pixels
 from .recipes import RECIPES, as_config, change, loader_batch, mae_options
@@ -408,6 +413,86 @@ def mae_convert(
 ):
     "Turn weights of one layout into another's."
     with command(mae_convert, debug): print(convert(source, to, format, target, **({} if model is None else dict(name=model))))
+
+# %% ../nbs/26_cli.ipynb #c4ec0002
+class Looks(Dataset):
+    "What a check wants to know of each image: (digest of its bytes, rows, columns, why it cannot be read)."
+    def __init__(self, images): self.images = images   # an `ImageSet`
+    def __len__(self): return len(self.images)
+
+    def __getitem__(self, i):
+        item, digest = self.images.items[i], b''
+        try:
+            data = item.tobytes() if isinstance(item, np.ndarray) else file_bytes(item)
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            return digest, *(item.shape[:2] if isinstance(item, np.ndarray) else read_image(io.BytesIO(data), self.images.in_chans).shape[1:]), ''
+        except Exception as e: return digest, 0, 0, why_bad(e)
+
+def check_data(
+    sets:dict,             # part (train, valid) -> `ImageSet`
+    num_workers:int=0,     # processes that read
+    img_size:int=224,      # side of a crop in pixels; smaller images are counted
+    few:int=10,            # classes with fewer images are named
+) -> dict:                 # `parts`: what each holds; `duplicates`: lists of names with the same bytes; `leaks`: those of them in both parts
+    "Read every image of a data set once."
+    parts, same = {}, {}
+    for part, images in sets.items():
+        loader = DataLoader(Looks(images), batch_size=16, num_workers=num_workers, collate_fn=list)
+        name = lambda i: printable(images.items[i]) if not isinstance(images.items, np.ndarray) else f'{part} image {i}'
+        bad, sizes = [], []
+        bar = tqdm(total=len(images), desc=f'reading {part}', unit=' images', disable=None)   # none where it goes to a file
+        for i, (digest, rows, cols, reason) in enumerate(look for batch in loader for look in batch):
+            bar.update()
+            if reason: bad.append(dict(file=name(i), reason=reason))
+            else: sizes.append((rows, cols))
+            if digest: same.setdefault(digest, []).append((part, name(i)))
+        bar.close()
+        counts = {} if images.labels is None else dict(zip(map(str, images.classes), np.bincount(images.labels, minlength=len(images.classes)).tolist()))
+        parts[part] = dict(images=len(images), bad=bad, classes=counts, few={k: v for k, v in counts.items() if v < few},
+                           smallest=min(sizes, key=np.prod, default=None), largest=max(sizes, key=np.prod, default=None),
+                           smaller_than_crop=sum(min(s) < img_size for s in sizes))
+    twins = [found for found in same.values() if len(found) > 1]
+    names = lambda found: [name for _, name in found]
+    return dict(img_size=img_size, few=few, parts=parts, duplicates=[*map(names, twins)], leaks=[names(t) for t in twins if len({part for part, _ in t}) > 1])
+
+def check_table(
+    found:dict,  # of `check_data`
+    most:int=20, # names shown of each kind
+) -> str:
+    "What a check has found, for a person."
+    lines = []
+    def listed(title, names):
+        if names: lines.extend([f'{len(names):,} {title}', *(f'   {x}' for x in names[:most])] + ([f'   ... and {len(names) - most:,} more: --json FILE lists all'] if len(names) > most else []))
+    for part, p in found['parts'].items():
+        size = lambda s: 'none' if s is None else f'{s[0]} x {s[1]}'
+        lines += [f'{part}: {p["images"]:,} images, smallest {size(p["smallest"])}, largest {size(p["largest"])} (rows x columns), {p["smaller_than_crop"]:,} smaller than {found["img_size"]}']
+        if n := p['classes'].values(): lines += [f'   {len(n):,} classes of {min(n):,} to {max(n):,} images' + (f', {max(n) / min(n):.1f} times' if min(n) else '')]
+        listed(f'classes of {part} with fewer than {found["few"]} images', [f'{printable(k)}: {v}' for k, v in p['few'].items()])
+        listed(f'files of {part} that cannot be read', [f'{b["file"]}: {b["reason"]}' for b in p['bad']])
+    listed('images that stand in both training and validation', [' = '.join(x) for x in found['leaks']])
+    listed('groups of images with the same bytes', [' = '.join(x) for x in found['duplicates']])
+    return '\n'.join(lines)
+
+# %% ../nbs/26_cli.ipynb #c4ec0004
+@call_parse
+def mae_check(
+    data:str,              # a data set's name (fashion, cifar10) or a folder of images
+    num_workers:int=None,  # processes that read; by default one a core for files, none for data in memory
+    img_size:int=None,     # side of a crop in pixels; by default that of the data set's model
+    few:int=10,            # name classes with fewer images
+    json:str=None,         # also write all that was found to this file
+    debug:bool=False,      # show the whole traceback of an error
+):
+    "Read a data set once and list what a run would stumble on; exits with 1 where a file cannot be read."
+    with command(mae_check, debug):
+        sets = {part: s for part, s in zip(('train', 'valid'), load_source(data)) if s is not None}
+        if num_workers is None: num_workers = 0 if isinstance(sets['train'].items, np.ndarray) else os.cpu_count() or 1
+        if num_workers < 0 or few < 0: raise ValueError(f'--num-workers and --few must be 0 or more, got {num_workers} and {few}')
+        found = check_data(sets, num_workers, img_size or SIZES[default_model(data)]['img_size'], few)
+        print(check_table(found), flush=True)
+        if json: Path(json).write_text(dumps(found, indent=1) + '\n')
+        if not is_cli(mae_check): return found
+        if any(p['bad'] for p in found['parts'].values()): raise SystemExit(1)
 
 # %% ../nbs/26_cli.ipynb #91e5cc21
 def judge(

@@ -140,18 +140,18 @@ def read_image(
         if im.width * im.height > MAX_PIXELS: raise ValueError(f'{im.width} x {im.height} pixels are more than {MAX_PIXELS:,}')
         if max(im.size) > MAX_ASPECT * min(im.size): raise ValueError(f'{im.width} x {im.height} pixels: one side is more than {MAX_ASPECT} times the other')
         if im.format in ('JPEG', 'MPO'):
-            pixels = jpeg_pixels(data, im.mode)
-            if im.mode != 'CMYK': im = _turned(pixels, im)   # PIL knows how each program inverts its inks
+            pixels, turn = jpeg_pixels(data, im.mode), _turn(im)
+            if turn == 1 and pixels.shape[2] == in_chans: return torch.from_numpy(pixels).permute(2, 0, 1)   # nearly all files
+            if im.mode != 'CMYK':   # PIL knows how each program inverts its inks
+                im = Image.fromarray(pixels.squeeze(-1) if im.mode == 'L' else pixels)
+                im.getexif()[0x112] = turn
         a = np.array(to_rgb_or_grey(im, in_chans))
     return torch.from_numpy(a).reshape(*a.shape[:2], in_chans).permute(2, 0, 1)
 
-def _turned(pixels:np.ndarray, im:Image.Image) -> Image.Image:
-    "The pixels as a picture that says, as its file does, how it is to be turned."
-    new = Image.fromarray(pixels.squeeze(-1) if im.mode == 'L' else pixels)
-    try: turn = im.getexif().get(0x112, 1)
-    except Exception: turn = 1   # a viewer shows a picture whose notes are damaged as it lies
-    if turn != 1: new.getexif()[0x112] = turn
-    return new
+def _turn(im:Image.Image) -> int:
+    "How a file says it is to be turned, as EXIF counts; 1 = it lies right, or its notes are damaged."
+    try: return im.getexif().get(0x112, 1)
+    except Exception: return 1
 
 # %% ../nbs/13_data.ipynb #a2e5100e
 @dataclass
