@@ -224,6 +224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mae_nb.interop._download': ('interop.html#_download', 'mae_nb/interop.py'),
                                 'mae_nb.interop._grid_of': ('interop.html#_grid_of', 'mae_nb/interop.py'),
                                 'mae_nb.interop._heads': ('interop.html#_heads', 'mae_nb/interop.py'),
+                                'mae_nb.interop._held': ('interop.html#_held', 'mae_nb/interop.py'),
                                 'mae_nb.interop._json': ('interop.html#_json', 'mae_nb/interop.py'),
                                 'mae_nb.interop._kind': ('interop.html#_kind', 'mae_nb/interop.py'),
                                 'mae_nb.interop._named_size': ('interop.html#_named_size', 'mae_nb/interop.py'),

@@ -438,22 +438,22 @@ def check_data(
     parts, same = {}, {}
     for part, images in sets.items():
         loader = DataLoader(Looks(images), batch_size=16, num_workers=num_workers, collate_fn=list)
-        name = lambda i: printable(images.items[i]) if not isinstance(images.items, np.ndarray) else f'{part} image {i}'
+        names = [f'{part} image {i}' for i in range(len(images))] if isinstance(images.items, np.ndarray) else [*map(printable, images.items)]
         bad, sizes = [], []
         bar = tqdm(total=len(images), desc=f'reading {part}', unit=' images', disable=None)   # none where it goes to a file
         for i, (digest, rows, cols, reason) in enumerate(look for batch in loader for look in batch):
             bar.update()
-            if reason: bad.append(dict(file=name(i), reason=reason))
+            if reason: bad.append(dict(file=names[i], reason=reason))
             else: sizes.append((rows, cols))
-            if digest: same.setdefault(digest, []).append((part, name(i)))
+            if digest: same.setdefault(digest, []).append((part, names[i]))
         bar.close()
         counts = {} if images.labels is None else dict(zip(map(str, images.classes), np.bincount(images.labels, minlength=len(images.classes)).tolist()))
         parts[part] = dict(images=len(images), bad=bad, classes=counts, few={k: v for k, v in counts.items() if v < few},
                            smallest=min(sizes, key=np.prod, default=None), largest=max(sizes, key=np.prod, default=None),
                            smaller_than_crop=sum(min(s) < img_size for s in sizes))
     twins = [found for found in same.values() if len(found) > 1]
-    names = lambda found: [name for _, name in found]
-    return dict(img_size=img_size, few=few, parts=parts, duplicates=[*map(names, twins)], leaks=[names(t) for t in twins if len({part for part, _ in t}) > 1])
+    bare = lambda found: [name for _, name in found]
+    return dict(img_size=img_size, few=few, parts=parts, duplicates=[*map(bare, twins)], leaks=[bare(t) for t in twins if len({part for part, _ in t}) > 1])
 
 def check_table(
     found:dict,  # of `check_data`

@@ -221,14 +221,21 @@ def _tensors(
     "The state dict in a file: the whole of it, or under the key `model` or `state_dict`."
     for key in ('model', 'state_dict'):
         if isinstance(content, dict) and isinstance(content.get(key), dict): content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
         raise ValueError(f'{where} holds no state dict: expected names with tensors, or these under the key model')
-    for k, v in content.items():
-        if not isinstance(k, str) or not k.isprintable() or len(k) > 200: raise ValueError(f'{where} names a tensor {str(k)[:50]!r}: no name of a model')
-        if v.layout != torch.strided or v.is_meta or v.numel() * v.element_size() > v.untyped_storage().nbytes() or 0 in v.shape:
-            raise ValueError(f'{where}: {k} of shape {tuple(v.shape)} holds fewer numbers than it says')   # made dense it would fill the memory
     whole = all(k.startswith('module.') for k in content)   # so DistributedDataParallel names everything
     return {k.removeprefix('module.') if whole else k: v for k, v in content.items()}
+
+def _held(
+    state:dict,  # names to tensors, from a file of anybody's
+    where,       # the file, for errors
+) -> dict:
+    "The same, where every tensor holds the numbers that it says; made dense, another would fill the memory."
+    for k, v in state.items():
+        if not k.isprintable() or len(k) > 200: raise ValueError(f'{where} names a tensor {k[:50]!r}: no name of a model')
+        if v.layout != torch.strided or v.is_meta or v.numel() * v.element_size() > v.untyped_storage().nbytes() or 0 in v.shape:
+            raise ValueError(f'{where}: {k} of shape {tuple(v.shape)} holds fewer numbers than it says')
+    return state
 
 # %% ../nbs/17_interop.ipynb #f313543e
 def _json(
@@ -311,7 +318,7 @@ def open_weights(
     said = {k: v for k, v in said.items() if v is not None}
     if file.suffix == '.safetensors': return _open_safetensors(file, said)
     content = _read_pickle(file)
-    return Weights(_tensors(content, file), str(file), said | (_plausible(_said_in_args(content), file) or _said_beside(file)))
+    return Weights(_held(_tensors(content, file), file), str(file), said | (_plausible(_said_in_args(content), file) or _said_beside(file)))
 
 def _open_safetensors(
     file:Path,  # a .safetensors file, ours or another's
@@ -323,8 +330,8 @@ def _open_safetensors(
         with safetensors.safe_open(file, 'pt') as f: ours = _json((f.metadata() or {}).get('config', '{}'), file)
     except (safetensors.SafetensorError, OSError, ValueError) as e:
         raise ValueError(f'{file} is not a weights file, it cannot be read as weights: {str(e).splitlines()[0]}') from e
-    if isinstance(ours, dict) and 'model' in ours: return Weights(_tensors(state, file), str(file), _plausible(ours['model'], file), _plausible_data(ours.get('data'), file), own=True)
-    return Weights(_tensors(state, file), str(file), said | _said_beside(file))
+    if isinstance(ours, dict) and 'model' in ours: return Weights(_held(_tensors(state, file), file), str(file), _plausible(ours['model'], file), _plausible_data(ours.get('data'), file), own=True)
+    return Weights(_held(_tensors(state, file), file), str(file), said | _said_beside(file))
 
 def _said_beside(
     file:Path,  # a weights file
