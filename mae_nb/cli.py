@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from fastcore.script import call_parse, is_cli
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .classifier import classifier_from, create_classifier, load_encoder, seeded
 from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, file_bytes, get_dls, load_source, printable, read_image, why_bad
