@@ -9,10 +9,12 @@ __all__ = ['FREE', 'DEFAULT_MODELS', 'PROBES', 'RUNS', 'AGAINST', 'one_line', 'c
            'finish', 'mae_pretrain', 'run_pretrain', 'common', 'mae_finetune', 'run_finetune', 'write_results',
            'mae_probe', 'run_probe', 'mae_replay', 'read_step', 'Replay', 'mae_show', 'mae_convert', 'mae_pack',
            'parts_of', 'random_images', 'bench_step', 'bench_loader', 'StepClock', 'bench_learner', 'bench_save',
-           'mae_bench', 'measured_rate', 'loader_seconds', 'planned_model', 'mae_plan', 'judge', 'draw_table',
-           'mae_demo']
+           'mae_bench', 'measured_rate', 'loader_seconds', 'planned_model', 'mae_plan', 'Looks', 'check_data',
+           'check_table', 'mae_check', 'judge', 'draw_table', 'mae_demo']
 
 # %% ../nbs/26_cli.ipynb #9d9c1684
+import hashlib
+import io
 import json
 import os
 import re
@@ -32,16 +34,18 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.script import call_parse, is_cli
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from .checkpoints import Checkpoints, Terminated, checkpoints_in, is_full
 from .classifier import classifier_from, create_classifier, load_encoder, seeded
-from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, get_dls, load_source, read_image
+from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, file_bytes, get_dls, load_source, printable, read_image, why_bad
 from .distributed import agreed, processes, rank, together
 from .engine import TaskLearner, make_run, memory_gib
 from .finetune import finetune_learner, write_classes
 from .interop import convert, load_mae, open_weights
 from .keyed import generator, key, uniform
-from .mae import create_mae, pick
+from .mae import SIZES, create_mae, pick
 from .pretrain import pretrain_learner
 from .probes import attentive_probe_learner, features, knn_probe, linear_probe, linear_probe_learner, partial_learner, pixels
 from .recipes import RECIPES, as_config, change, loader_batch, mae_options
@@ -624,7 +628,6 @@ def parts_of(
 
 # %% ../nbs/26_cli.ipynb #be9c4001
 import copy
-import io
 import statistics
 import tempfile
 from contextlib import redirect_stdout
@@ -634,7 +637,6 @@ from fastai.callback.core import Callback
 from .augment import augment_dls
 from .data import ImageSet
 from .interop import save_model
-from .mae import SIZES
 from .optim import adamw, pretrain_groups
 from .probes import FrozenProbe, LinearHead
 from .speed import (DATASETS, DTYPES, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan,
@@ -891,6 +893,86 @@ def mae_plan(
         if accumulate != getattr(r, 'accumulate', 1): print(f'note: start the run with --set accumulate={accumulate}')
         if json: Path(json).write_text(dumps(result, indent=1) + '\n')
         return None if is_cli(mae_plan) else result
+
+# %% ../nbs/26_cli.ipynb #c4ec0002
+class Looks(Dataset):
+    "What a check wants to know of each image: (digest of its bytes, rows, columns, why it cannot be read)."
+    def __init__(self, images): self.images = images   # an `ImageSet`
+    def __len__(self): return len(self.images)
+
+    def __getitem__(self, i):
+        item, digest = self.images.items[i], b''
+        try:
+            data = item.tobytes() if isinstance(item, np.ndarray) else file_bytes(item)
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            return digest, *(item.shape[:2] if isinstance(item, np.ndarray) else read_image(io.BytesIO(data), self.images.in_chans).shape[1:]), ''
+        except Exception as e: return digest, 0, 0, why_bad(e)
+
+def check_data(
+    sets:dict,             # part (train, valid) -> `ImageSet`
+    num_workers:int=0,     # processes that read
+    img_size:int=224,      # side of a crop in pixels; smaller images are counted
+    few:int=10,            # classes with fewer images are named
+) -> dict:                 # `parts`: what each holds; `duplicates`: lists of names with the same bytes; `leaks`: those of them in both parts
+    "Read every image of a data set once."
+    parts, same = {}, {}
+    for part, images in sets.items():
+        loader = DataLoader(Looks(images), batch_size=16, num_workers=num_workers, collate_fn=list)
+        names = [f'{part} image {i}' for i in range(len(images))] if isinstance(images.items, np.ndarray) else [*map(printable, images.items)]
+        bad, sizes = [], []
+        bar = tqdm(total=len(images), desc=f'reading {part}', unit=' images', disable=None)   # none where it goes to a file
+        for i, (digest, rows, cols, reason) in enumerate(look for batch in loader for look in batch):
+            bar.update()
+            if reason: bad.append(dict(file=names[i], reason=reason))
+            else: sizes.append((rows, cols))
+            if digest: same.setdefault(digest, []).append((part, names[i]))
+        bar.close()
+        counts = {} if images.labels is None else dict(zip(map(str, images.classes), np.bincount(images.labels, minlength=len(images.classes)).tolist()))
+        parts[part] = dict(images=len(images), bad=bad, classes=counts, few={k: v for k, v in counts.items() if v < few},
+                           smallest=min(sizes, key=np.prod, default=None), largest=max(sizes, key=np.prod, default=None),
+                           smaller_than_crop=sum(min(s) < img_size for s in sizes))
+    twins = [found for found in same.values() if len(found) > 1]
+    bare = lambda found: [name for _, name in found]
+    return dict(img_size=img_size, few=few, parts=parts, duplicates=[*map(bare, twins)], leaks=[bare(t) for t in twins if len({part for part, _ in t}) > 1])
+
+def check_table(
+    found:dict,  # of `check_data`
+    most:int=20, # names shown of each kind
+) -> str:
+    "What a check has found, for a person."
+    lines = []
+    def listed(title, names):
+        if names: lines.extend([f'{len(names):,} {title}', *(f'   {x}' for x in names[:most])] + ([f'   ... and {len(names) - most:,} more: --json FILE lists all'] if len(names) > most else []))
+    for part, p in found['parts'].items():
+        size = lambda s: 'none' if s is None else f'{s[0]} x {s[1]}'
+        lines += [f'{part}: {p["images"]:,} images, smallest {size(p["smallest"])}, largest {size(p["largest"])} (rows x columns), {p["smaller_than_crop"]:,} smaller than {found["img_size"]}']
+        if n := p['classes'].values(): lines += [f'   {len(n):,} classes of {min(n):,} to {max(n):,} images' + (f', {max(n) / min(n):.1f} times' if min(n) else '')]
+        listed(f'classes of {part} with fewer than {found["few"]} images', [f'{printable(k)}: {v}' for k, v in p['few'].items()])
+        listed(f'files of {part} that cannot be read', [f'{b["file"]}: {b["reason"]}' for b in p['bad']])
+    listed('images that stand in both training and validation', [' = '.join(x) for x in found['leaks']])
+    listed('groups of images with the same bytes', [' = '.join(x) for x in found['duplicates']])
+    return '\n'.join(lines)
+
+# %% ../nbs/26_cli.ipynb #c4ec0004
+@call_parse
+def mae_check(
+    data:str,              # a data set's name (fashion, cifar10) or a folder of images
+    num_workers:int=None,  # processes that read; by default one a core for files, none for data in memory
+    img_size:int=None,     # side of a crop in pixels; by default that of the data set's model
+    few:int=10,            # name classes with fewer images
+    json:str=None,         # also write all that was found to this file
+    debug:bool=False,      # show the whole traceback of an error
+):
+    "Read a data set once and list what a run would stumble on; exits with 1 where a file cannot be read."
+    with command(mae_check, debug):
+        sets = {part: s for part, s in zip(('train', 'valid'), load_source(data)) if s is not None}
+        if num_workers is None: num_workers = 0 if isinstance(sets['train'].items, np.ndarray) else os.cpu_count() or 1
+        if num_workers < 0 or few < 0: raise ValueError(f'--num-workers and --few must be 0 or more, got {num_workers} and {few}')
+        found = check_data(sets, num_workers, img_size or SIZES[default_model(data)]['img_size'], few)
+        print(check_table(found), flush=True)
+        if json: Path(json).write_text(dumps(found, indent=1) + '\n')
+        if not is_cli(mae_check): return found
+        if any(p['bad'] for p in found['parts'].values()): raise SystemExit(1)
 
 # %% ../nbs/26_cli.ipynb #91e5cc21
 def judge(

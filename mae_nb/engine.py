@@ -432,7 +432,9 @@ class TaskLearner(Learner):
     ):
         self.recipe, self.max_steps, self.valid_every, self.begin_at, self.signals = recipe, max_steps, valid_every, (0, 0), StopSignals()
         self.batches_per_step, clip, ema = (getattr(recipe, k, none) for k, none in (('accumulate', 1), ('clip', 0), ('ema', 0)))
-        for dl in dls.loaders: dl.share(rank(), processes())
+        for dl in dls.loaders:
+            dl.share(rank(), processes())
+            if out is not None: dl.record = Path(out)/'bad_samples.csv'
         self.batch = dls.train.bs * processes() * self.batches_per_step
         if self.batches_per_step > 1 and self.batch != recipe.batch_size:
             raise ValueError(f'{dls.train.bs} images a batch x {processes()} processes x {self.batches_per_step} accumulated are {self.batch} a step, the recipe says '

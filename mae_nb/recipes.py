@@ -32,7 +32,8 @@ def check_recipe(r):
         clip=rate, mixup=rate, cutmix=rate, erase=share, ema=below, momentum=below, drop_path=below, label_smoothing=below,
         base_lr=('above 0', lambda v: v > 0), temperature=('above 0', lambda v: v > 0),
         mask_ratio=('between 0 and 1', lambda v: 0 < v < 1), layer_decay=('above 0 and at most 1', lambda v: 0 < v <= 1),
-        decode_ratio=('above 0 and at most 1', lambda v: 0 < v <= 1), target_size=rate, decoder_depth=rate, decoder_dim=rate,
+        decode_ratio=('above 0 and at most 1', lambda v: 0 < v <= 1), target_size=('from 0 to 1,000,000', lambda v: 0 <= v <= 10**6),
+        decoder_depth=('from 0 to 256', lambda v: 0 <= v <= 256), decoder_dim=('from 0 to 16,384', lambda v: 0 <= v <= 16_384),
         target=(f'one of {", ".join(TARGETS)}', lambda v: v in TARGETS), mask=(f'one of {", ".join(MASKS)}', lambda v: v in MASKS),
         loss_on=('masked or all', lambda v: v in ('masked', 'all')), decoder=('self or cross', lambda v: v in ('self', 'cross')), pool=('avg or cls', lambda v: v in ('avg', 'cls')),
         augment=(f'one of {", ".join(AUGMENTS)}', lambda v: v in AUGMENTS),
@@ -41,6 +42,8 @@ def check_recipe(r):
         crop_scale=('two shares of the area, 0 < smallest <= largest <= 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1))
     for f in fields(r):
         what, fits = rules.get(f.name, ('', lambda v: True))
+        numbers = getattr(r, f.name) if f.type is tuple else [getattr(r, f.name)]
+        if f.type in (tuple, float, int) and not all(type(x) in (int, float, bool) and abs(x) < 1e12 for x in numbers): raise ValueError(f'{f.name} takes finite numbers, got {str(getattr(r, f.name))[:50]!r}')
         if not fits(getattr(r, f.name)): raise ValueError(f'{f.name} must be {what}, got {getattr(r, f.name)!r}')
 
 # %% ../nbs/11_recipes.ipynb #b9d52f8b
@@ -269,13 +272,13 @@ def _parse(s:str) -> tuple:
     k, eq, v = s.partition('=')
     if not eq: raise ValueError(f'expected field=value, got {s!r}')
     try: return k.strip(), ast.literal_eval(v.strip())
-    except (ValueError, SyntaxError): return k.strip(), v.strip()
+    except (ValueError, SyntaxError, RecursionError, MemoryError): return k.strip(), v.strip()
 
 def _fit(k, v, kind, old):
     "The value as the field's own type, or an error."
     if kind is float and isinstance(v, int) and not isinstance(v, bool): v = float(v)
     if kind is tuple and isinstance(v, (list, tuple)): v = tuple(float(x) if isinstance(x, int) else x for x in v)
-    if type(v) is not kind: raise ValueError(f'{k} takes a value like {old!r}, got {v!r}')
+    if type(v) is not kind: raise ValueError(f'{k} takes a value like {old!r}, got {str(v)[:100]!r}')
     return v
 
 # %% ../nbs/11_recipes.ipynb #cfcf0f97
@@ -287,6 +290,7 @@ def from_config(
     config:dict,  # from `as_config`, or the `recipe` of a run's `config.json`
 ):
     "The recipe that was written."
+    if not isinstance(config, dict): raise ValueError('a recipe is a set of fields, as as_config writes it')
     kinds = {type(r).__name__: type(r) for r in RECIPES.values()}
     kind = kinds[pick(config.get('kind'), kinds, 'kind of recipe')]
     return change(kind(), {k: v for k, v in config.items() if k != 'kind'})
