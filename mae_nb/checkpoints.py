@@ -115,9 +115,12 @@ def newest_checkpoint(
 def prune(
     folder:str|Path,  # of the checkpoints
     keep:int,         # the newest so many stay
+    newest:Path|None=None,  # just written; a later one is broken and was left behind
 ):
     "Remove old checkpoints."
-    for file in checkpoints_in(folder)[keep:]: file.unlink(missing_ok=True)
+    found, step = checkpoints_in(folder), lambda file: int(file.stem.split('-')[1])
+    if newest: found = [newest, *(f for f in found if step(f) < step(newest)), *(f for f in found if step(f) >= step(newest) and f != newest)]
+    for file in found[keep:]: file.unlink(missing_ok=True)
 
 # %% ../nbs/16_checkpoints.ipynb #c1600030
 def run_state(
@@ -220,12 +223,15 @@ class Checkpoints(Callback):
         load_run_state(self.learn, tensors)
         self.earlier, self.learn.train_iter, self.learn.begin_at = run['earlier'], run['step'], (run['epoch'], run['batches'])
         rec = self.recorder
-        rec.values, rec.iters = run['rows'], run['iters']
+        done = json.loads(self.done.read_text()) if self.done.exists() else {}
+        finished = done.get('step') == run['step']   # or its last checkpoint is broken, and the end is done again
+        rec.values, rec.iters = (done if finished else run)['rows'], run['iters']
         if rec.values: self.learn.final_record = rec.values[-1]
-        if self.writes and not self.done.exists():
+        if self.writes and not finished:
             for name in self.files: self.put_back(name, run['files'].get(name))
+            if done: self.tell({})
         self.say(f'goes on at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}')
-        if self.done.exists(): self.say(f'fit {self.fits + 1} of {self.out} is finished already'); raise CancelFitException()
+        if finished: self.say(f'fit {self.fits + 1} of {self.out} is finished already'); raise CancelFitException()
 
     def put_back(self, name:str, text:str|None):
         "A table as it was when the checkpoint was made: what came after will come again."
@@ -236,7 +242,7 @@ class Checkpoints(Callback):
     def cut_back(self):
         "Rows of a fit that was cut off before its first checkpoint are taken out of the tables."
         before = self.folder/f'fit-{self.fits}.done'
-        sizes = json.loads(before.read_text()) if before.exists() else {}
+        sizes = json.loads(before.read_text()).get('sizes', {}) if before.exists() else {}
         for file in (self.out/name for name in self.files if (self.out/name).exists()):
             header = file.read_bytes().find(b'\n') + 1
             os.truncate(file, sizes.get(file.name, header))
@@ -263,6 +269,9 @@ class Checkpoints(Callback):
         if last or stop or ((self.iter + 1) // k) % self.every == 0: self.save()
         if stop: self.wait(); raise self.learn.signals.error()
 
+    def after_epoch(self):
+        if self.learn.stop_wanted(): self.wait(); raise self.learn.signals.error()   # it came while validating: the epoch's last step is saved
+
     def before_validate(self):
         if not self.forked: self.wait(); self.forked = True   # the first time its loader forks workers, beside which no thread should write
 
@@ -279,8 +288,7 @@ class Checkpoints(Callback):
         return self.earlier + self.learn.train_iter, self.copies, dict(model=getattr(self.model, 'config', None), data=self.learn.data_config, run=run)
 
     def write(self, step, tensors, config):
-        save_checkpoint(self.folder, step, tensors, config)
-        prune(self.folder, self.keep)
+        prune(self.folder, self.keep, save_checkpoint(self.folder, step, tensors, config))
 
     @property
     def background(self):
@@ -295,14 +303,17 @@ class Checkpoints(Callback):
         except OSError as e:
             if not is_full(e): raise
             line = f'no space left on the disk for a checkpoint in {self.folder}; the older ones there are whole'
-            if self.if_full == 'stop': raise OSError(e.errno, f'{line}: free some and go on with --resume {self.out}') from e
+            if self.if_full == 'stop': raise OSError(e.errno, f'{line}: free some') from e
             print(f'{line}; training goes on without', flush=True)
 
     def after_fit(self):
         self.wait()
-        if self.writes:
-            with atomically(self.done) as f: f.write_text(json.dumps({name: (self.out/name).stat().st_size for name in self.files if (self.out/name).exists()}))
+        if self.writes: self.tell(dict(step=self.learn.train_iter, rows=[list(row) for row in self.recorder.values], sizes={name: (self.out/name).stat().st_size for name in self.files if (self.out/name).exists()}))
         self.fits, self.earlier = self.fits + 1, self.earlier + self.learn.train_iter
+
+    def tell(self, done:dict):
+        "Note the end of a fit."
+        with atomically(self.done) as f: f.write_text(json.dumps(done))
 
     def close(self):
         try: self.wait()
