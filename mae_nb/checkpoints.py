@@ -303,7 +303,7 @@ class Checkpoints(Callback):
         except OSError as e:
             if not is_full(e): raise
             line = f'no space left on the disk for a checkpoint in {self.folder}; the older ones there are whole'
-            if self.if_full == 'stop': raise OSError(e.errno, f'{line}: free some') from e
+            if self.if_full == 'stop': raise OSError(f'{line}: free some') from e
             print(f'{line}; training goes on without', flush=True)
 
     def after_fit(self):
