@@ -86,8 +86,8 @@ def command(
 
 def _kept(out:Path|None, code:int) -> str:
     "What to do with a run that has stopped."
-    if not out or not (out/'config.json').exists(): return ''
-    on = f'; go on with --resume {out}' if checkpoints_in(out/'checkpoints') and code != 2 else ''
+    if code == 2 or not out or not out.is_dir(): return ''
+    on = f'; go on with --resume {out}' if checkpoints_in(out/'checkpoints') else ''
     return f'; what was done so far is in {out}{on}'
 
 def requeue(
@@ -609,7 +609,7 @@ def mae_pack(
             if quality is not None and max_side is None: raise ValueError('--quality has no meaning without --max-side: files are kept as they are')
             for flag, value, top in (('max-side', max_side, 10**5), ('quality', quality, 100), ('per-shard', per_shard, 10**6)):
                 if value is not None and not 1 <= value <= top: raise ValueError(f'--{flag} must be from 1 to {top:,}, got {value}')
-            parts, place['out'] = parts_of(source), out
+            parts, place['out'] = parts_of(source), Path(out)
             index = pack(parts, out, read=read_image, max_side=max_side, quality=quality or 90, per_shard=per_shard, skip_bad=skip_bad,
                          num_workers=os.cpu_count() or 1 if num_workers is None else num_workers)
         rows = index['shards'].values()
