@@ -112,6 +112,7 @@ def get_device(
 ) -> torch.device:
     "The device, or an error if it is not there."
     if device is None: return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+    if processes() > 1 and ':' in device: raise ValueError(f'--device {device} would give all {processes()} processes the same GPU: leave it out')
     try: return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {device} cannot be used: {str(e).splitlines()[0]}') from e
 

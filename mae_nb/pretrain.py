@@ -15,6 +15,7 @@ import torch
 from fastai.callback.core import Callback
 
 from .data import ImageSet, Samples
+from .distributed import rank
 from .engine import TaskLearner, check_channels
 from .keyed import generator, key, uniform
 from .mae import MAE, MASKS, SIZES, create_mae
@@ -91,6 +92,8 @@ def pretrain_learner(
     check_model(model, recipe)
     check_channels(dls, model.encoder)
     if dls.train.dataset.seed != seed: raise ValueError(f'the loaders were made with seed {dls.train.dataset.seed}, the learner with {seed}: give both the same')
-    if not model.target.fitted: print(f'target {model.target.name!r} fitted on {fit_target(model, dls.train.dataset.images, seed):,} patches of {dls.train.dataset.images.name}', flush=True)
+    if not model.target.fitted:   # in each process alike
+        patches = fit_target(model, dls.train.dataset.images, seed)
+        if rank() == 0: print(f'target {model.target.name!r} fitted on {patches:,} patches of {dls.train.dataset.images.name}', flush=True)
     return TaskLearner(dls, model, recipe, partial(pretrain_groups, weight_decay=recipe.weight_decay), loss_of,
                        out=out, max_steps=max_steps, cbs=[MaskNoise(seed, recipe.mask_ratio), *cbs], **kwargs)
