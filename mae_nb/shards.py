@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'INDEX', 'Encoded', 'Files', 'Part', 'Members', 'members', 'devkit_labels',
            'ilsvrc_parts', 'Rows', 'parquet_files', 'parquet_parts', 'reencode', 'whole_file', 'sha256', 'write_shard',
-           'read_index', 'check_shards', 'Encode', 'pack', 'fetch', 'Packed', 'open_pack', 'encoded_parts']
+           'read_index', 'check_shards', 'Encode', 'pack', 'fetch_shard', 'Packed', 'open_pack', 'encoded_parts']
 
 # %% ../nbs/12_shards.ipynb #604f999d
 import copy
@@ -347,7 +347,7 @@ def pack(
     return index
 
 # %% ../nbs/12_shards.ipynb #f6824d59
-def fetch(
+def fetch_shard(
     uri:str,      # the packed folder's address in an object store
     file:str,     # a shard
     row:dict,     # its row in the list of shards
@@ -384,7 +384,7 @@ class Packed(Encoded):
         if s not in self.opened:
             if len(self.opened) >= self.max_open: self.opened.clear()
             file, row = self.shards[s]
-            pa, file = _arrow(), fetch(self.uri, file, row, self.folder) if self.uri else self.folder/file
+            pa, file = _arrow(), fetch_shard(self.uri, file, row, self.folder) if self.uri else self.folder/file
             self.opened[s] = pa.ipc.open_file(pa.OSFile(str(file)))
         return self.opened[s].get_batch(i - self.ends[s] + self.shards[s][1]['images']), s
     def read(self, i): return self.row(i)[0]['image'][0].as_py()
