@@ -5,28 +5,31 @@
 # %% auto #0
 __all__ = ['FREE', 'DEFAULT_MODELS', 'PROBES', 'RUNS', 'AGAINST', 'one_line', 'command', 'requeue', 'next_run', 'get_device',
            'flags_of', 'read_command', 'absolute', 'default_model', 'default_recipe', 'with_flags', 'batches_of',
-           'pretrain', 'say', 'finetune', 'probe', 'measures', 'labelled', 'read_picture', 'save_reconstructions',
-           'finish', 'mae_pretrain', 'run_pretrain', 'common', 'mae_finetune', 'run_finetune', 'write_results',
+           'pretrain', 'say', 'write_json', 'finetune', 'probe', 'measures', 'labelled', 'read_picture',
+           'save_reconstructions', 'finish', 'mae_pretrain', 'run_pretrain', 'common', 'mae_finetune', 'run_finetune',
            'mae_probe', 'run_probe', 'mae_replay', 'read_step', 'Replay', 'mae_show', 'mae_convert', 'mae_pack',
            'parts_of', 'random_images', 'bench_step', 'bench_loader', 'StepClock', 'bench_learner', 'bench_save',
-           'mae_bench', 'measured_rate', 'loader_seconds', 'planned_model', 'mae_plan', 'Looks', 'check_data',
-           'check_table', 'mae_check', 'judge', 'draw_table', 'mae_demo']
+           'save_once', 'mae_bench', 'measured_rate', 'loader_seconds', 'planned_model', 'mae_plan', 'Looks',
+           'check_data', 'check_table', 'mae_check', 'judge', 'draw_table', 'mae_demo']
 
 # %% ../nbs/26_cli.ipynb #9d9c1684
+import copy
 import hashlib
 import io
 import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from inspect import signature
-from json import dumps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import matplotlib.pyplot as plt
@@ -37,20 +40,23 @@ from fastcore.script import call_parse, is_cli
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .checkpoints import Checkpoints, Terminated, checkpoints_in, is_full
+from .augment import augment_dls
+from .checkpoints import Checkpoints, Terminated, checkpoints_in, is_full, read_checkpoint, run_state, save_checkpoint
 from .classifier import classifier_from, create_classifier, load_encoder, seeded
-from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, Samples, eval_transform, file_bytes, get_dls, load_source, printable, read_image, why_bad
+from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, ImageSet, Samples, eval_transform, file_bytes, get_dls, load_source, printable, read_image, why_bad
 from .distributed import agreed, processes, rank, together
 from .engine import TaskLearner, make_run, memory_gib
 from .finetune import finetune_learner, write_classes
 from .interop import convert, load_mae, open_weights
 from .keyed import generator, key, uniform
 from .mae import SIZES, create_mae, pick
+from .optim import adamw, pretrain_groups
 from .pretrain import pretrain_learner
-from .probes import attentive_probe_learner, features, knn_probe, linear_probe, linear_probe_learner, partial_learner, pixels
+from .probes import FrozenProbe, LinearHead, attentive_probe_learner, features, knn_probe, linear_probe, linear_probe_learner, partial_learner, pixels
 from .recipes import RECIPES, as_config, change, loader_batch, mae_options
 from .settings import setting
 from .shards import Files, Part, check_shards, encoded_parts, pack, read_index
+from .speed import DATASETS, DTYPES, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan, peak_flops, step_flops, timed, train_step
 from .visualize import show_reconstructions, standardize
 
 # %% ../nbs/26_cli.ipynb #b8bb1bad
@@ -117,7 +123,7 @@ def get_device(
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {device} cannot be used: {str(e).splitlines()[0]}') from e
 
 # %% ../nbs/26_cli.ipynb #2600b002
-FREE = ('out', 'num_workers', 'device', 'save_every', 'if_full', 'json', 'debug')   # flags that leave the run what it is
+FREE = ('num_workers', 'device', 'save_every', 'if_full', 'json', 'debug')   # flags that leave the run what it is
 
 def flags_of(
     func,         # the command's function
@@ -133,7 +139,7 @@ def flags_of(
     if begun['name'] != func.__name__: raise ValueError(f'{resume} was made by {begun["name"].replace("_", "-")}: go on with that command')
     default = {k: p.default for k, p in signature(func).parameters.items()}
     new = {k: v for k, v in given.items() if k != 'resume' and v != default[k]}
-    if other := [k for k in new if k not in FREE or k == 'out']: raise ValueError(f'--{other[0].replace("_", "-")} has no effect with --resume {resume}, which goes on as it was begun: leave it out')
+    if other := [k for k in new if k not in FREE]: raise ValueError(f'--{other[0].replace("_", "-")} has no effect with --resume {resume}, which goes on as it was begun: leave it out')
     return default | begun['flags'] | new | dict(out=str(resume), resume=True, command=begun)
 
 def read_command(
@@ -207,6 +213,13 @@ def pretrain(
 def say(text:str):
     "Print, in the first process only."
     if rank() == 0: print(text, flush=True)
+
+def write_json(
+    result:dict,   # plain data
+    *files:str|Path|None,  # where it is wanted; nowhere for None
+):
+    "Write numbers, in the first process only."
+    for file in filter(None, files if rank() == 0 else ()): Path(file).write_text(json.dumps(result, indent=1) + '\n')
 
 # %% ../nbs/26_cli.ipynb #f34c0e65
 def finetune(
@@ -430,14 +443,9 @@ def run_finetune(f:dict, place:dict, train:bool=True) -> TaskLearner:
     learn = finetune(sets, net, r, out, train=train, device=device, **common(f))
     if not train: return learn
     found = {k: v for k, v in measures(learn).items() if k != 'learn'}
-    write_results(dict(task=task, data=sets[0].name, weights=weights, seed=f['seed'], samples=len(sets[1])) | found, out, f['json'])
+    write_json(dict(task=task, data=sets[0].name, weights=weights, seed=f['seed'], samples=len(sets[1])) | found, out/'results.json', f['json'])
     finish(learn, out)
     return learn
-
-def write_results(result:dict, out:Path, also:str|None):
-    "The numbers of a run, into its folder and wherever else they are wanted."
-    if rank(): return
-    for file in [out/'results.json'] + ([Path(also)] if also else []): file.write_text(json.dumps(result, indent=1) + '\n')
 
 # %% ../nbs/26_cli.ipynb #b2600003
 @call_parse
@@ -486,7 +494,7 @@ def run_probe(f:dict, place:dict, train:bool=True):
     learn = found.pop('learn', None)
     if not train: return learn
     result = dict(probe=kind, data=sets[0].name, weights=str(weights), seed=f['seed'], samples=len(sets[1])) | found
-    write_results(result, out, f['json'])
+    write_json(result, out/'results.json', f['json'])
     say(f'{kind} probe on {len(sets[1]):,} images: ' + ', '.join(f'{k} {v:.4g}' for k, v in found.items()))
     if learn: finish(learn, out)
     else: say(f'run folder  {out}')
@@ -515,7 +523,7 @@ def mae_replay(
         print(f'samples  {", ".join(map(str, told["files"] or told["samples"]))}')
         print('forward  ' + (f'the first module whose output is not all numbers: {seen.first}, of type {seen.kind}; its inputs reach {seen.largest:.3g}' if seen.first else 'all outputs are numbers'))
         print('backward ' + (f'{len(seen.gradients)} parameters have a gradient that is not all numbers, such as {seen.gradients[0]}' if seen.gradients else 'all gradients are numbers'))
-        if json: Path(json).write_text(dumps(found, indent=1) + '\n')
+        write_json(found, json)
         return None if is_cli(mae_replay) else found
 
 def read_step(
@@ -627,22 +635,6 @@ def parts_of(
     sets = zip(('train', 'val'), load_source(source))
     return {k: Part(Files(s.items, s.name), s.labels, s.classes) for k, s in sets if s}
 
-# %% ../nbs/26_cli.ipynb #be9c4001
-import copy
-import statistics
-import tempfile
-from contextlib import redirect_stdout
-
-from fastai.callback.core import Callback
-
-from .augment import augment_dls
-from .data import ImageSet
-from .interop import save_model
-from .optim import adamw, pretrain_groups
-from .probes import FrozenProbe, LinearHead
-from .speed import (DATASETS, DTYPES, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan,
-                          peak_flops, step_flops, timed, train_step)
-
 # %% ../nbs/26_cli.ipynb #be9c4003
 AGAINST = {'transformers': like_transformers, 'timm': like_timm}
 
@@ -745,15 +737,28 @@ def bench_learner(
     return dict(ours=bs / ours * 1e3, theirs=bs / theirs * 1e3, ratio=statistics.median(b / a for a, b in rows), learner_ms=ours, bare_ms=theirs, more_ms=statistics.median(a - b for a, b in rows))
 
 def bench_save(
-    model,           # with a `config`
+    model,           # an `MAE`
     pairs:int=3,     # times
-) -> dict:           # seconds, and GB a second
-    "Writing a model's weights, whole and in place of the old ones."
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder)/'model.safetensors'
-        seconds = statistics.median(in_turn(dict(ours=lambda: save_model(model, file)), pairs, 1)['ours'])
-        size = file.stat().st_size
-    return dict(seconds=seconds, gb=size / 1e9, gb_per_second=size / 1e9 / seconds)
+    folder:str|Path=None,  # on the disk to measure; the system's for temporary files if None
+) -> dict:           # bytes; seconds of the copy, for which training stands still, of the writing beside it, and of reading it back
+    "A run's checkpoint: weights and AdamW's averages, written whole and checked."
+    opt = adamw(pretrain_groups(model, .05), 1e-4, (.9, .95))
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    opt.step(); opt.zero_grad()
+    learn, copies = SimpleNamespace(model=model, opt=opt, cbs=[], train_iter=0, recorder=SimpleNamespace(values=[], iters=[])), {}
+    with tempfile.TemporaryDirectory(dir=folder) as place: times = [save_once(learn, copies, place) for _ in range(pairs + 1)]
+    return dict(gb=times[0]['gb'], first_copy_seconds=times[0]['copy']) | {f'{what}_seconds': statistics.median(t[what] for t in times[1:]) for what in ('copy', 'write', 'read')}
+
+def save_once(
+    learn,         # as `run_state` takes it
+    copies:dict,   # of an earlier time, overwritten
+    folder:str,
+) -> dict:         # seconds, and GB
+    "One checkpoint, step by step."
+    device, file = next(learn.model.parameters()).device, []
+    copy = timed(lambda: copies.update(run_state(learn, copies)[0]), device)
+    write = timed(lambda: file.append(save_checkpoint(folder, 1, copies, {})))
+    return dict(copy=copy, write=write, read=timed(lambda: read_checkpoint(file[0])), gb=file[0].stat().st_size / 1e9)
 
 # %% ../nbs/26_cli.ipynb #be9c4007
 @call_parse
@@ -770,6 +775,7 @@ def mae_bench(
     compile:str='none',    # step: none, blocks or whole
     dtype:str=None,        # float32 or bfloat16; by default float32 on a CPU, bfloat16 on a GPU
     num_workers:int=None,  # loader: processes that read images
+    folder:str=None,       # save: on the disk to measure; by default the system's for temporary files
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     json:str=None,         # also write the numbers to this file
     debug:bool=False,      # show the whole traceback of an error
@@ -778,7 +784,7 @@ def mae_bench(
     with command(mae_bench, debug):
         pick(what, ('step', 'loader', 'learner', 'save'), 'bench'); pick(task, ('pretrain', 'finetune'), '--task')
         if bs < 1: raise ValueError(f'--bs must be at least 1, got {bs}')
-        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--compile', compile != 'none', 'step'), ('--num-workers', num_workers is not None, 'loader')):
+        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--compile', compile != 'none', 'step'), ('--num-workers', num_workers is not None, 'loader'), ('--folder', folder is not None, 'save')):
             if given and what != home: raise ValueError(f'{flag} has no meaning for {what}, only for {home}')
         device, recipe = get_device(device), change(RECIPES['pretrain'], set or ())
         dtype = pick(dtype or ('float32' if device.type == 'cpu' else 'bfloat16'), DTYPES, '--dtype')
@@ -792,12 +798,12 @@ def mae_bench(
         if what == 'step': found = bench_step(net, bs, against, like, pairs=pairs, steps=steps, dtype=dtype, compile=compile)
         if what == 'loader': found = bench_loader(load_source(data), recipe, bs, net.encoder.img_size, batches=steps or 30, num_workers=num_workers, device=device)
         if what == 'learner': found = bench_learner(net, change(recipe, dict(amp=dtype == 'bfloat16')), bs, pairs=pairs, steps=steps or 30)
-        if what == 'save': found = bench_save(net, pairs)
+        if what == 'save': found = bench_save(net, pairs, folder)
         used = dict(step=dict(task=task, against=against, compile=compile, dtype=dtype, pairs=pairs), loader=dict(data=data), learner=dict(dtype=dtype, pairs=pairs), save=dict(pairs=pairs))[what]
         result = dict(bench=what) | found | dict(model=model, bs=bs, set=set or []) | used | machine(device, DTYPES[dtype], (against,) if against else ())
         for k, v in found.items(): print(f'{k:16} {v:.4g}')
         print(f"{result['device_name']}, {result['threads']} threads, matrix products at {result['matmul_gflops']:.0f} GFLOP a second")
-        if json: Path(json).write_text(dumps(result, indent=1) + '\n')
+        write_json(result, json)
         return None if is_cli(mae_bench) else result
 
 # %% ../nbs/26_cli.ipynb #be9c4010
@@ -892,7 +898,7 @@ def mae_plan(
         print(f"rate        {pace:,.0f} images a second and device, {'measured on this ' + device.type if rate == 'auto' else 'as given'}" + (f', {load * 1e3:.2f} ms an image for the loader' if load else '; the loader must keep up'))
         print(f"time        {plan['hours']:.3g} hours, {plan['gpu_hours']:.3g} device hours" + (f", cost {plan['cost']:,.2f}" if price else ''))
         if accumulate != getattr(r, 'accumulate', 1): print(f'note: start the run with --set accumulate={accumulate}')
-        if json: Path(json).write_text(dumps(result, indent=1) + '\n')
+        write_json(result, json)
         return None if is_cli(mae_plan) else result
 
 # %% ../nbs/26_cli.ipynb #c4ec0002
@@ -902,9 +908,10 @@ class Looks(Dataset):
     def __len__(self): return len(self.images)
 
     def __getitem__(self, i):
-        item, digest = self.images.items[i], b''
+        digest = b''
         try:
-            data = item.tobytes() if isinstance(item, np.ndarray) else file_bytes(item)
+            item = self.images.items[i]
+            data = item.tobytes() if isinstance(item, np.ndarray) else item if isinstance(item, bytes) else file_bytes(item)
             digest = hashlib.blake2b(data, digest_size=16).digest()
             return digest, *(item.shape[:2] if isinstance(item, np.ndarray) else read_image(io.BytesIO(data), self.images.in_chans).shape[1:]), ''
         except Exception as e: return digest, 0, 0, why_bad(e)
@@ -919,7 +926,7 @@ def check_data(
     parts, same = {}, {}
     for part, images in sets.items():
         loader = DataLoader(Looks(images), batch_size=16, num_workers=num_workers, collate_fn=list)
-        names = [f'{part} image {i}' for i in range(len(images))] if isinstance(images.items, np.ndarray) else [*map(printable, images.items)]
+        names = [f'{part} image {i}' for i in range(len(images))] if isinstance(images.items, np.ndarray) else [printable(images.file(i)) for i in range(len(images))]
         bad, sizes = [], []
         bar = tqdm(total=len(images), desc=f'reading {part}', unit=' images', disable=None)   # none where it goes to a file
         for i, (digest, rows, cols, reason) in enumerate(look for batch in loader for look in batch):
@@ -971,7 +978,7 @@ def mae_check(
         if num_workers < 0 or few < 0: raise ValueError(f'--num-workers and --few must be 0 or more, got {num_workers} and {few}')
         found = check_data(sets, num_workers, img_size or SIZES[default_model(data)]['img_size'], few)
         print(check_table(found), flush=True)
-        if json: Path(json).write_text(dumps(found, indent=1) + '\n')
+        write_json(found, json)
         if not is_cli(mae_check): return found
         if any(p['bad'] for p in found['parts'].values()): raise SystemExit(1)
 
@@ -1044,7 +1051,7 @@ def mae_demo(
         minutes = (time.time() - start) / 60
         draw_table(rows, f'{data}, seed {seed}', out/'figures'/'table.png')
         result = dict(data=data, seed=seed, minutes=round(minutes, 2), top1=rows, probe_penalty={k: p.penalty for k, p in probes.items()})
-        for f in [out/'results.json'] + ([Path(json)] if json else []): f.write_text(dumps(result, indent=1) + '\n')
+        write_json(result, out/'results.json', json)
         print(f'\ntop-1 accuracy on {len(test):,} test images of {data}, seed {seed}, after {minutes:.1f} minutes')
         for k, v in rows.items(): print(f'   {k:45} {v:6.1%}')
         finish(learn, out)

@@ -14,10 +14,8 @@ import csv
 import io
 import os
 import re
-import signal
 import stat
 import tarfile
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +36,7 @@ from .encoder import to_pair
 from .keyed import generator, key, uniforms
 from .mae import pick
 from .settings import setting
-from .shards import Encoded, encoded_parts
+from .shards import Encoded, encoded_parts, quiet_worker
 
 # %% ../nbs/13_data.ipynb #d35a68fd
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -446,11 +444,6 @@ class KeyedBatches:
             if mine: yield [(self.epoch, i) for i in mine]
 
 # %% ../nbs/13_data.ipynb #52f28872
-def _leave_ctrl_c(worker:int):
-    "Ctrl-C reaches every process of a terminal; the main one alone answers it, and ends the workers."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
-
 class Loader:
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
     max_bad = .01   # share of bad files above which a run stops
@@ -466,7 +459,7 @@ class Loader:
         self.dataset, self.bs, self.bad = dataset, bs, {}
         self.batches = KeyedBatches(len(dataset), bs, dataset.seed, shuffle, drop_last=shuffle)
         self.share(0, 1)
-        self.dl = DataLoader(dataset, batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory, worker_init_fn=_leave_ctrl_c,
+        self.dl = DataLoader(dataset, batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory, worker_init_fn=quiet_worker,
                              persistent_workers=num_workers > 0, generator=torch.Generator())
 
     def share(self, part:int, parts:int):

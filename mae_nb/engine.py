@@ -32,11 +32,12 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .augment import augment_dls
-from .checkpoints import Checkpoints, StopSignals, atomically, save_checkpoint
+from .checkpoints import Checkpoints, StopSignals, save_checkpoint
 from .distributed import Parallel, agreed, processes, rank, summed
 from .interop import save_model
 from .optim import Accumulate, Schedule, WeightEMA, adamw, optimizer_steps, skippable, warmup_cosine
 from .recipes import as_config, lr_of
+from .settings import atomically
 from .visualize import plot_metrics, read_metrics, standardize
 
 # %% ../nbs/21_engine.ipynb #716a62d5
@@ -229,8 +230,8 @@ class Guard(Callback):
             step, tensors, config = self.learn.checkpoints.state()
             config['run'] |= dict(epoch=epoch, batches=first, step=config['run']['step'] - (last - first))
             save_checkpoint(folder/'checkpoints', step, tensors, config)
-            samples, items = self.dls.train.samples(epoch, first, last), self.dls.train.dataset.images.items
-            files = [] if isinstance(items, np.ndarray) else [str(items[i]) for i in samples]
+            samples, images = self.dls.train.samples(epoch, first, last), self.dls.train.dataset.images
+            files = [] if isinstance(images.items, np.ndarray) else [images.file(i) for i in samples]
             with atomically(folder/'step.json') as f: f.write_text(json.dumps(dict(run=str(self.out), epoch=epoch, first_batch=first, batches=last - first, seed=self.dls.train.dataset.seed, samples=samples, files=files), indent=1) + '\n')
         raise FloatingPointError(f'{said}; the state before it and its samples are in {folder}: see the step again with mae-replay {folder}; {advice}')
 

@@ -35,11 +35,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpoints import atomically, checkpoints_in
+from .checkpoints import checkpoints_in
 from .encoder import to_pair
 from .mae import MAE, MASKS, SIZES, create_mae, pick
 from .positions import resize_positions
-from .settings import setting
+from .settings import atomically, setting
 
 # %% ../nbs/17_interop.ipynb #6963a13f
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'INDEX', 'Encoded', 'Files', 'Part', 'Members', 'members', 'devkit_labels',
-           'ilsvrc_parts', 'Rows', 'parquet_files', 'parquet_parts', 'reencode', 'whole_file', 'sha256', 'write_shard',
-           'read_index', 'check_shards', 'Encode', 'pack', 'fetch_shard', 'Packed', 'open_pack', 'encoded_parts']
+           'ilsvrc_parts', 'Rows', 'parquet_files', 'parquet_parts', 'reencode', 'write_shard', 'read_index',
+           'check_shards', 'quiet_worker', 'Encode', 'pack', 'fetch_shard', 'Packed', 'open_pack', 'encoded_parts']
 
 # %% ../nbs/12_shards.ipynb #604f999d
 import copy
@@ -15,10 +15,10 @@ import json
 import os
 import re
 import signal
+import warnings
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .settings import setting
+from .settings import atomically, setting, sha256
 
 # %% ../nbs/12_shards.ipynb #04688f82
 class Encoded(Sequence):
@@ -192,34 +192,6 @@ def reencode(
     im.save(out := io.BytesIO(), 'jpeg', quality=quality, optimize=True)
     return out.getvalue()
 
-# %% ../nbs/12_shards.ipynb #a57e8041
-@contextmanager
-def whole_file(
-    file:Path,  # what is to be written
-):
-    "A path to write to: it becomes `file`, on the disk, when all went well, and is gone otherwise."
-    part = file.with_name(f'{file.name}.{os.getpid()}.part')
-    try:
-        yield part
-        _sync(part); os.replace(part, file); _sync(file.parent)
-    finally: part.unlink(missing_ok=True)
-
-def _sync(path):
-    "Make sure that a file or a folder is on the disk."
-    if os.name == 'nt' and path.is_dir(): return   # Windows has no way to do so for a folder
-    fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def sha256(
-    file:Path,
-) -> str:
-    "A file's checksum."
-    h = hashlib.sha256()
-    with open(file, 'rb') as f:
-        while block := f.read(2**20): h.update(block)
-    return h.hexdigest()
-
 # %% ../nbs/12_shards.ipynb #0b4c1533
 def write_shard(
     file:Path,       # the shard to write
@@ -230,7 +202,7 @@ def write_shard(
     "Write the readable pictures of one shard."
     pa, bad = _arrow(), []
     schema = pa.schema(dict(image=pa.binary(), label=pa.int64(), name=pa.string()))
-    with whole_file(file) as path:
+    with atomically(file) as path:
         with pa.OSFile(str(path), 'wb') as f, pa.ipc.new_file(f, schema) as w:
             for i in ids:
                 name, label = part.items.name(i), None if part.labels is None else int(part.labels[i])
@@ -272,9 +244,12 @@ def check_shards(
     if damaged: raise ValueError(f'{len(damaged)} of {len(index["shards"])} shards in {folder} are damaged: {"; ".join(damaged[:5])}: delete them and run the same mae-pack again')
 
 # %% ../nbs/12_shards.ipynb #6800349f
-def _leave_ctrl_c(worker:int):
-    "Ctrl-C reaches every process of a terminal; the main one alone answers it, and ends the workers."
+def quiet_worker(
+    worker:int,  # its number
+):
+    "Make a loader's worker leave Ctrl-C, which reaches every process of a terminal, to the main one, and PIL's warnings unsaid."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
 
 class _Jobs(Dataset):
     "Shards to write, for a loader's workers; an error is returned, not raised: a worker's would come wrapped in a traceback."
@@ -304,7 +279,7 @@ def _begin(out:Path, plan:dict, skip_bad:bool) -> dict:
     return dict(plan=plan, complete=False, shards={})
 
 def _write_index(out, index):
-    with whole_file(out/INDEX) as f: f.write_text(json.dumps(index) + '\n')
+    with atomically(out/INDEX) as f: f.write_text(json.dumps(index) + '\n')
 
 def pack(
     parts:dict[str, Part],   # train and, maybe, val
@@ -329,7 +304,7 @@ def pack(
     todo = [j for j in jobs if j[0] not in index['shards']]
     if todo: _write_index(out, index | dict(complete=False))
     with tqdm(total=sum(b - a for *_, a, b in jobs), initial=sum(b - a for f, _, a, b in jobs if f in index['shards']), unit=' pictures', disable=None) as bar:
-        for (_, _, a, b), (file, row) in zip(todo, DataLoader(_Jobs(out, parts, todo, encode), batch_size=None, num_workers=num_workers, worker_init_fn=_leave_ctrl_c)):
+        for (_, _, a, b), (file, row) in zip(todo, DataLoader(_Jobs(out, parts, todo, encode), batch_size=None, num_workers=num_workers, worker_init_fn=quiet_worker)):
             if isinstance(row, Exception): raise row
             index['shards'][file] = row
             _write_index(out, index | dict(complete=False)); bar.update(b - a)
@@ -361,7 +336,7 @@ def fetch_shard(
     with FileLock(cache/f'{file}.lock'):
         if not (cache/file).is_file():
             fs, path = FileSystem.from_uri(f'{uri}/{file}')
-            with whole_file(cache/file) as part:
+            with atomically(cache/file) as part:
                 copy_files(path, str(part), source_filesystem=fs)
                 if sha256(part) != row['sha256']: raise ValueError(f'{uri}/{file} is not what was packed: put it there again')
     return cache/file

@@ -304,7 +304,7 @@ def fails(owner, name, n, number):
     return call(owner, name, n, do=fail)
 
 CALLS = [(checkpoints, 'save_file', 1), (Path, 'chmod', 1), (os, 'open', 1), (os, 'fsync', 1), (os, 'close', 1), (checkpoints.safetensors, 'safe_open', 1),
-         (checkpoints, '_digest', 1), (os, 'replace', 1), (os, 'open', 2), (os, 'fsync', 2), (os, 'close', 2), (Path, 'unlink', 1), (checkpoints, 'prune', 1), (Path, 'unlink', 2)]
+         (checkpoints, 'sha256', 1), (os, 'replace', 1), (os, 'open', 2), (os, 'fsync', 2), (os, 'close', 2), (Path, 'unlink', 1), (checkpoints, 'prune', 1), (Path, 'unlink', 2)]
 
 @pytest.mark.parametrize('owner, name, n', CALLS, ids=[f'{name} {n}' for _, name, n in CALLS])
 def test_a_save_interrupted_at_each_call(owner, name, n, tmp_path):

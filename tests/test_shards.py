@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from mae_nb.data import Loader, Samples, collate, folder_sets, get_dls, load_source, read_image, train_transform
+from mae_nb.engine import make_run
 from mae_nb.interop import load_mae
+from mae_nb.mae import create_mae
+from mae_nb.pretrain import pretrain_learner
 from mae_nb.recipes import RECIPES, change
 from mae_nb.shards import DEVKIT, INDEX, TRAIN_TAR, VAL_TAR, Files, Part, check_shards, open_pack, pack, read_index
 
@@ -217,3 +221,25 @@ def test_memory_stays_flat(photos, tmp_path):
     for _ in range(50):
         for i in range(120): items[i]
     assert rss() - before < 5   # MiB, of 35 MB read
+
+def test_a_packed_set_is_checked_like_its_folder(forked, photos, tmp_path):
+    pack(parts(photos), tmp_path/'packed', read=read_image, per_shard=50)
+    (photos/'odd'/'005.png').write_bytes((photos/'odd'/'007.png').read_bytes())
+    found = {}
+    for data in ('photos', 'packed'):
+        got = forked('mae-check', data, '--num-workers', '0', '--json', f'{data}.json')
+        assert got.code == 0, got.err
+        found[data] = json.loads((tmp_path/f'{data}.json').read_text())
+    assert [len(f['duplicates']) for f in found.values()] == [1, 0]
+    assert found['packed']['parts']['train']['classes'] == {'even': 60, 'odd': 60}
+
+def test_a_bad_step_on_packed_data_names_its_pictures(photos, tmp_path):
+    class Poison(Callback):
+        def after_backward(self): next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float('nan'))
+    pack(parts(photos), tmp_path/'packed', read=read_image, per_shard=50)
+    recipe = change(RECIPES['pretrain_cifar10'], dict(batch_size=10, target='pixels'))
+    model = create_mae('mae_vit_nano_patch4_32', target='pixels', dim=32, depth=1, num_heads=2, decoder_dim=32, decoder_depth=1)
+    dls = get_dls(tmp_path/'packed', recipe, img_size=32, num_workers=0, device='cpu')
+    with pytest.raises(FloatingPointError, match='10 steps in a row'): pretrain_learner(dls, model, recipe, out=make_run(tmp_path/'run', {}), cbs=[Poison()]).fit(1)
+    step = json.loads(next((tmp_path/'run'/'bad_steps').glob('*/step.json')).read_text())
+    assert len(step['files']) == 10 and all('.png in ' in f for f in step['files'])
