@@ -843,11 +843,17 @@ def _check_built(
     "Raise where a configuration asks for other tensors than the file holds, before memory is taken for them."
     ours = to_ours(weights.state)
     if 'name' not in said: raise ValueError('its configuration names no model')
-    if any(k.startswith('encoder.blocks.') for k in ours):
-        if said.get('decoder', 'self') != 'self': ours = {k: v for k, v in ours.items() if not k.startswith('decoder.')}   # another decoder has other tensors
-        found, size = _shapes(ours), _DECODER | SIZES[pick(said['name'], SIZES, 'model')] | said | given
-        odd = next((k for k, v in found.items() if size[k] != v), None)
-        if odd: raise ValueError(f'its configuration says {odd} {size[odd]} and its tensors {found[odd]}')
+    own = _DECODER | dict(in_chans=3) | SIZES[pick(said['name'], SIZES, 'model')] | said
+    if not any(k.startswith('encoder.blocks.') for k in ours): return
+    if own.get('decoder', 'self') != 'self': ours = {k: v for k, v in ours.items() if not k.startswith('decoder.')}   # another decoder has other tensors
+    found = _shapes(ours)
+    odd = next((k for k, v in found.items() if (own | given)[k] != v), None)
+    if odd: raise ValueError(f'its configuration says {odd} {(own | given)[odd]} and its tensors {found[odd]}')
+    rows, columns = to_pair(own['img_size'])   # these the caller may want otherwise
+    held = dict(in_chans=ours['encoder.patch_embed.proj.weight'].shape[1], positions=ours['encoder.pos_embed'].shape[1] - 1, num_classes=len(ours.get('head.weight', ())))
+    told = dict(in_chans=own['in_chans'], positions=rows // own['patch_size'] * (columns // own['patch_size']), num_classes=own.get('num_classes', 0))
+    odd = next((k for k in held if held[k] != told[k]), None)
+    if odd: raise ValueError(f'its configuration says {told[odd]} {odd} and its tensors {held[odd]}')
 
 def _options(
     weights:Weights,  # of another library

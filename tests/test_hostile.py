@@ -113,3 +113,10 @@ def test_an_address_stays_below_the_folder_for_weights(url):
 def test_a_recipe_from_elsewhere(field, value):
     with pytest.raises(ValueError): from_config(as_config(PretrainRecipe()) | {field: value})
     with pytest.raises(ValueError): from_config([field])
+
+@pytest.mark.parametrize('field, value', [('img_size', [8192, 8192]), ('img_size', [32, 28]), ('in_chans', 3)])
+def test_a_plausible_configuration_that_the_tensors_deny(model, tmp_path, field, value):
+    save_model(model, tmp_path/'a.safetensors', dict(name='x', mean=[.5], std=[.5], classes=[]))
+    rewritten(tmp_path/'a.safetensors', lambda config: config['model'].update({field: value}))
+    e = within(5, load_mae, tmp_path/'a.safetensors')
+    assert isinstance(e, ValueError) and 'its configuration says' in str(e) and 'and its tensors' in str(e), e
