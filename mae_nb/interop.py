@@ -850,8 +850,10 @@ def _check_built(
     odd = next((k for k, v in found.items() if (own | given)[k] != v), None)
     if odd: raise ValueError(f'its configuration says {odd} {(own | given)[odd]} and its tensors {found[odd]}')
     rows, columns = to_pair(own['img_size'])   # these the caller may want otherwise
-    held = dict(in_chans=ours['encoder.patch_embed.proj.weight'].shape[1], positions=ours['encoder.pos_embed'].shape[1] - 1, num_classes=len(ours.get('head.weight', ())))
-    told = dict(in_chans=own['in_chans'], positions=rows // own['patch_size'] * (columns // own['patch_size']), num_classes=own.get('num_classes', 0))
+    held = dict(in_chans=ours['encoder.patch_embed.proj.weight'].shape[1], positions=ours['encoder.pos_embed'].shape[1] - 1)
+    told = dict(in_chans=own['in_chans'], positions=rows // own['patch_size'] * (columns // own['patch_size']))
+    if 'probe' not in own:   # whose head has names of its own
+        held['num_classes'], told['num_classes'] = len(ours.get('head.weight', ())), own.get('num_classes', 0)
     odd = next((k for k in held if held[k] != told[k]), None)
     if odd: raise ValueError(f'its configuration says {told[odd]} {odd} and its tensors {held[odd]}')
 
