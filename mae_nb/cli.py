@@ -53,10 +53,10 @@ from .mae import SIZES, create_mae, pick
 from .optim import adamw, pretrain_groups
 from .pretrain import pretrain_learner
 from .probes import FrozenProbe, LinearHead, attentive_probe_learner, features, knn_probe, linear_probe, linear_probe_learner, partial_learner, pixels
-from .recipes import RECIPES, as_config, change, loader_batch, mae_options
+from .recipes import RECIPES, SWITCHES, as_config, change, loader_batch, mae_options, switches_of
 from .settings import setting
 from .shards import Files, Part, check_shards, encoded_parts, pack, read_index
-from .speed import DATASETS, DTYPES, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan, peak_flops, step_flops, timed, train_step
+from .speed import DATASETS, DTYPES, apply_switches, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan, peak_flops, step_flops, timed, train_step
 from .visualize import show_reconstructions, standardize
 
 # %% ../nbs/26_cli.ipynb #b8bb1bad
@@ -116,11 +116,13 @@ def next_run(
 def get_device(
     device:str|None,  # such as 'cpu' or 'cuda:0'; the GPU if there is one if None
 ) -> torch.device:
-    "The device, or an error if it is not there."
-    if device is None: return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
-    if processes() > 1 and ':' in device: raise ValueError(f'--device {device} would give all {processes()} processes the same GPU: leave it out')
-    try: return torch.empty(0, device=device).device
+    "The device, or an error if it is not there; on a CPU the memory of a step is kept for the next."
+    if device is None: device = f'cuda:{torch.cuda.current_device()}' if torch.cuda.is_available() else 'cpu'
+    elif processes() > 1 and ':' in device: raise ValueError(f'--device {device} would give all {processes()} processes the same GPU: leave it out')
+    try: found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {device} cannot be used: {str(e).splitlines()[0]}') from e
+    if found.type == 'cpu': keep_freed_memory()
+    return found
 
 # %% ../nbs/26_cli.ipynb #2600b002
 FREE = ('num_workers', 'device', 'save_every', 'if_full', 'json', 'debug')   # flags that leave the run what it is
@@ -658,16 +660,22 @@ def bench_step(
     pairs:int=9,       # turns
     steps:int=None,    # steps in a turn; as many as take half a second if None
     dtype:str='float32',   # a key of `DTYPES`
-    compile:str='none',    # one of `COMPILE`
-) -> dict:             # images a second, ratio, MFU
+    compile:str='none',    # one of `COMPILE`; theirs is compiled the same way
+    **switches,            # of `apply_switches`, for ours
+) -> dict:             # images a second, ratio, MFU: of the data sheet's peak, or of matrix products in the same turn
     "The bare training step on noise, ours and theirs in turn."
     encoder, device = getattr(model, 'encoder', model), next(model.parameters()).device
     imgs = torch.randn(bs, encoder.in_chans, *encoder.img_size, device=device)
     labels = torch.arange(bs, device=device) % model.head.out_features if hasattr(model, 'head') else None
     models = dict(ours=model) | ({} if against is None else dict(theirs=AGAINST[pick(against, AGAINST, '--against')](like or model)))
-    found = compare(in_turn({k: train_step(m, imgs, labels, dtype=dtype, compile=compile) for k, m in models.items()}, pairs, steps, device), bs)
-    flops = step_flops(model)
-    return found | dict(gflop_per_image=flops / 1e9, mfu=found['ours'] * flops / peak_flops(device, DTYPES[dtype]))
+    runs = {k: train_step(m, imgs, labels, dtype=dtype, compile=compile, **(switches if k == 'ours' else {})) for k, m in models.items()}
+    if device.type == 'cpu':
+        a, b = torch.randn(2, 1024, 1024, dtype=DTYPES[dtype])
+        runs['products'] = lambda: [a @ b for _ in range(10)]
+    times, flops = in_turn(runs, pairs, steps, device), bs * step_flops(model)
+    peaks = [10 * 2 * 1024**3 / t for t in times.pop('products')] if device.type == 'cpu' else [peak_flops(device, DTYPES[dtype])] * pairs
+    mfu = statistics.median(flops / t / peak for t, peak in zip(times['ours'], peaks))
+    return compare(times, bs) | dict(gflop_per_image=flops / bs / 1e9, mfu=mfu)
 
 # %% ../nbs/26_cli.ipynb #be9c4005
 def bench_loader(
@@ -720,7 +728,7 @@ def bench_learner(
         return clock.times[1] - clock.times[0]
 
     def bare():
-        net = copy.deepcopy(model).train()
+        net = apply_switches(copy.deepcopy(model).train(), **switches_of(recipe))
         opt = adamw(pretrain_groups(net, recipe.weight_decay), 1e-4, recipe.betas)
         mean_, std_ = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         for i, (imgs, index, _) in enumerate(dls.train):
@@ -768,11 +776,10 @@ def mae_bench(
     task:str='pretrain',   # step: pretrain or finetune
     model:str='mae_vit_base_patch16',  # a model's name
     data:str='fashion',    # loader: a data set's name or a folder of images
-    set:Annotated[str, {'action': 'append'}]=None,  # field=value of the pretraining recipe, such as decoder=cross; repeatable
+    set:Annotated[str, {'action': 'append'}]=None,  # field=value of the recipe, such as decoder=cross or compile=blocks; repeatable
     bs:int=16,             # images in a batch
     steps:int=None,        # in a turn; step: by default as many as take half a second; loader, learner: 30
     pairs:int=9,           # turns
-    compile:str='none',    # step: none, blocks or whole
     dtype:str=None,        # float32 or bfloat16; by default float32 on a CPU, bfloat16 on a GPU
     num_workers:int=None,  # loader: processes that read images
     folder:str=None,       # save: on the disk to measure; by default the system's for temporary files
@@ -784,22 +791,23 @@ def mae_bench(
     with command(mae_bench, debug):
         pick(what, ('step', 'loader', 'learner', 'save'), 'bench'); pick(task, ('pretrain', 'finetune'), '--task')
         if bs < 1: raise ValueError(f'--bs must be at least 1, got {bs}')
-        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--compile', compile != 'none', 'step'), ('--num-workers', num_workers is not None, 'loader'), ('--folder', folder is not None, 'save')):
+        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--num-workers', num_workers is not None, 'loader'), ('--folder', folder is not None, 'save')):
             if given and what != home: raise ValueError(f'{flag} has no meaning for {what}, only for {home}')
-        device, recipe = get_device(device), change(RECIPES['pretrain'], set or ())
+        device, recipe = get_device(device), change(RECIPES[task], set or ())
         dtype = pick(dtype or ('float32' if device.type == 'cpu' else 'bfloat16'), DTYPES, '--dtype')
-        if device.type == 'cpu': keep_freed_memory()
+        switches = switches_of(recipe)
         if task == 'finetune':
-            if set: raise ValueError('--set has no meaning with --task finetune')
+            if other := [s for s in set or () if s.partition('=')[0].strip() not in SWITCHES]: raise ValueError(f'--set {other[0]} has no meaning with --task finetune, only {", ".join(SWITCHES)}')
             net = create_classifier(model, 1000, 'cls' if against == 'transformers' else 'avg')
         else: net = create_mae(model, **mae_options(recipe))
         like = create_mae(model, **mae_options(change(recipe, dict(decoder='self', decode_ratio=1.)))).to(device) if getattr(net, 'partial', False) else None   # they have the paper's decoder
         net = net.to(device)
-        if what == 'step': found = bench_step(net, bs, against, like, pairs=pairs, steps=steps, dtype=dtype, compile=compile)
+        if what in ('loader', 'save') and switches != switches_of(RECIPES[task]): raise ValueError(f'{", ".join(SWITCHES)} have no meaning for {what}, only for step and learner')
+        if what == 'step': found = bench_step(net, bs, against, like, pairs=pairs, steps=steps, dtype=dtype, **switches)
         if what == 'loader': found = bench_loader(load_source(data), recipe, bs, net.encoder.img_size, batches=steps or 30, num_workers=num_workers, device=device)
         if what == 'learner': found = bench_learner(net, change(recipe, dict(amp=dtype == 'bfloat16')), bs, pairs=pairs, steps=steps or 30)
         if what == 'save': found = bench_save(net, pairs, folder)
-        used = dict(step=dict(task=task, against=against, compile=compile, dtype=dtype, pairs=pairs), loader=dict(data=data), learner=dict(dtype=dtype, pairs=pairs), save=dict(pairs=pairs))[what]
+        used = dict(step=dict(task=task, against=against, dtype=dtype, pairs=pairs), loader=dict(data=data), learner=dict(dtype=dtype, pairs=pairs), save=dict(pairs=pairs))[what]
         result = dict(bench=what) | found | dict(model=model, bs=bs, set=set or []) | used | machine(device, DTYPES[dtype], (against,) if against else ())
         for k, v in found.items(): print(f'{k:16} {v:.4g}')
         print(f"{result['device_name']}, {result['threads']} threads, matrix products at {result['matmul_gflops']:.0f} GFLOP a second")
@@ -812,12 +820,13 @@ def measured_rate(
     bs:int,             # images in a batch; fewer where a step of them takes more than a third of the time
     dtype:str,          # a key of `DTYPES`
     seconds:float=20,   # how long to measure, about
+    **switches,         # of `apply_switches`
 ) -> float:             # images a second: the median step
     "How fast this machine trains the model, loader and `Learner` aside."
     encoder, device = getattr(model, 'encoder', model), next(model.parameters()).device
     def step_of(n):
         labels = torch.arange(n, device=device) % 10 if hasattr(model, 'head') else None
-        return train_step(model, torch.randn(n, encoder.in_chans, *encoder.img_size, device=device), labels, dtype=dtype)
+        return train_step(model, torch.randn(n, encoder.in_chans, *encoder.img_size, device=device), labels, dtype=dtype, **switches)
     few = min(bs, 4)
     step = step_of(few); step()
     bs = max(min(bs, int(seconds / 3 / timed(step, device) * few)), few)
@@ -878,7 +887,7 @@ def mae_plan(
         name = model or default_model(data)
         grey = data == 'fashion'
         net = planned_model(r, name, 1000 if data == 'imagenet' else 10, in_chans=1 if grey else 3, **({} if img_size is None else dict(img_size=img_size)))
-        needs = dict(amp=getattr(r, 'amp', False), ema=bool(getattr(r, 'ema', 0)), slots=1 if hasattr(r, 'momentum') else 2)
+        needs = dict(amp=getattr(r, 'amp', False), checkpointing=getattr(r, 'checkpointing', False), ema=bool(getattr(r, 'ema', 0)), slots=1 if hasattr(r, 'momentum') else 2)
         base = int(memory_gib(device) * 2**30) if device.type == 'cpu' else 0
         room = memory * 2**30 if memory else device_memory(device)
         per_step = loader_batch(change(r, dict(accumulate=1)), gpus)
@@ -888,7 +897,7 @@ def mae_plan(
             train, encoder = load_source('fashion')[0], getattr(net, 'encoder', net)
             load = loader_seconds(r, encoder.img_size, *((train.mean, train.std) if grey else (IMAGENET_MEAN, IMAGENET_STD)))
         dtype = 'bfloat16' if needs['amp'] else 'float32'
-        pace = measured_rate(net.to(device), batch, dtype) if rate == 'auto' else float(rate)
+        pace = measured_rate(net.to(device), batch, dtype, **switches_of(r)) if rate == 'auto' else float(rate)
         plan = make_plan(net, r, images, valid, bs=batch, accumulate=accumulate, gpus=gpus, rate=pace, load=load, base=base, price=price, **needs)
         result = dict(recipe=recipe, model=name, data=data, measured=rate == 'auto', device=str(device)) | plan
         print(f'{recipe} of {name} on {images:,} images of {data}, {r.epochs} epochs')

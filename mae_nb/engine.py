@@ -36,7 +36,7 @@ from .checkpoints import Checkpoints, StopSignals, save_checkpoint
 from .distributed import Parallel, agreed, processes, rank, summed
 from .interop import save_model
 from .optim import Accumulate, Schedule, WeightEMA, adamw, optimizer_steps, skippable, warmup_cosine
-from .recipes import as_config, lr_of
+from .recipes import as_config, lr_of, switches_of
 from .settings import atomically
 from .speed import DTYPES, apply_switches, peak_flops, step_flops
 from .visualize import plot_metrics, read_metrics, standardize
@@ -473,7 +473,7 @@ class TaskLearner(Learner):
         images = dls.train.dataset.images
         first = rank() == 0
         own = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Guard(clip, out=out)]
-        model = apply_switches(model.to(dls.device), **{k: getattr(recipe, k) for k in ('compile', 'checkpointing', 'fp8') if hasattr(recipe, k)})
+        model = apply_switches(model.to(dls.device), **switches_of(recipe))
         dtype = DTYPES['bfloat16' if recipe.amp else 'float32']
         if first: own += [Pace(step_flops(model), peak_flops(dls.device, dtype) * processes()), Progress()]
         if recipe.amp: own.append(Autocast())

@@ -221,7 +221,7 @@ def _need(package):
     "An optional package, or an error that says how to get it."
     from importlib import import_module
     try: return import_module(package)
-    except ImportError as e: raise ValueError(f'{package} is not installed: pip install {package}') from e
+    except ImportError as e: raise ValueError(f'{package} is not installed: pip install {package.partition(".")[0]}') from e
 
 def float8_linears(
     model:nn.Module,      # on its device

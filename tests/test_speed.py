@@ -11,8 +11,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mae_nb.cli import random_images
+from mae_nb.data import get_dls
 from mae_nb.mae import create_mae
-from mae_nb.speed import forward_flops, keep_freed_memory, step_flops, train_step
+from mae_nb.pretrain import pretrain_learner
+from mae_nb.recipes import RECIPES, change
+from mae_nb.speed import float8_linears, forward_flops, keep_freed_memory, step_flops, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = 'mae_vit_nano_patch4_32'
@@ -48,12 +52,44 @@ def test_no_switch_changes_what_is_learned():
     assert plain[-1] < .97 * plain[0]
     assert torch.allclose(losses(), plain, rtol=0, atol=1e-5)
     assert torch.equal(losses(before=keep_freed_memory), losses())
+    assert torch.equal(losses(checkpointing=True), losses())
     assert torch.allclose(losses(dtype='bfloat16'), plain, rtol=0, atol=1e-2)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('how', ['blocks', 'whole'])
-def test_compiled_models_learn_the_same(how):
-    assert torch.allclose(losses(compile=how), losses(), rtol=0, atol=1e-5)
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_compiled_models_learn_the_same(how, checkpointing):
+    assert torch.allclose(losses(compile=how, checkpointing=checkpointing), losses(), rtol=0, atol=1e-5)
+
+def learned(**switches):
+    "Losses of twenty steps of a `Learner`, from the same start with the same masks."
+    recipe = change(RECIPES['pretrain_cifar10'], dict(epochs=1, warmup_epochs=0., batch_size=8) | switches)
+    torch.manual_seed(0)
+    learn = pretrain_learner(get_dls((random_images(160, (32, 32)), None), recipe, img_size=32, num_workers=0, device='cpu'), create_mae(NANO, target='pixels'), recipe)
+    learn.fit_recipe()
+    return torch.tensor(learn.recorder.losses)
+
+def test_a_learner_throws_the_switches_of_its_recipe():
+    plain = learned()
+    assert len(plain) == 20 and plain[-1] < plain[0] and torch.equal(learned(checkpointing=True), plain)
+    with pytest.raises(ValueError, match='fp8 needs a GPU'): learned(fp8=True)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['blocks', 'whole'])
+def test_a_compiled_learner_learns_the_same(how):
+    assert torch.allclose(learned(compile=how), learned(), rtol=0, atol=1e-5)
+
+def test_float8_learns_nearly_the_same():
+    "By torchao's emulation, which rounds as a GPU does."
+    pytest.importorskip('torchao')
+    plain = losses(dtype='bfloat16')
+    torch.manual_seed(0)
+    model, imgs = create_mae(NANO), torch.randn(8, 3, 32, 32)
+    names = list(model.state_dict())
+    float8_linears(model, emulate=True)
+    assert sum(type(m).__name__ == 'Float8Linear' for m in model.modules()) == 16 and list(model.state_dict()) == names
+    step = train_step(model, imgs, dtype='bfloat16', lr=1e-3)
+    assert torch.allclose(torch.stack([step() for _ in range(20)]), plain, rtol=0, atol=.05)
 
 @pytest.mark.parametrize('words, fields', [
     (('step', '--against', 'transformers', '--pairs', '2', '--steps', '1'), {'ours', 'theirs', 'ratio', 'ratio_min', 'ratio_max', 'mfu', 'gflop_per_image'}),
@@ -77,7 +113,11 @@ def test_a_benchmark_writes_its_numbers(forked, tmp_path, words, fields):
     (('mae-bench', 'save', '--against', 'timm'), '--against has no meaning for save'),
     (('mae-bench', 'step', '--bs', '0'), '--bs must be at least 1'),
     (('mae-bench', 'step', '--pairs', '0'), 'at least one turn'),
-    (('mae-bench', 'step', '--compile', 'all'), "unknown way to compile 'all'"),
+    (('mae-bench', 'step', '--set', 'compile=all'), 'compile must be one of none, blocks, whole, graphs'),
+    (('mae-bench', 'step', '--set', 'compile=graphs'), 'needs a GPU'),
+    (('mae-bench', 'step', '--set', 'fp8=True'), 'fp8 needs a GPU of compute capability 8.9'),
+    (('mae-bench', 'step', '--task', 'finetune', '--set', 'mixup=0.'), '--set mixup=0. has no meaning with --task finetune'),
+    (('mae-bench', 'loader', '--set', 'compile=blocks'), 'have no meaning for loader'),
     (('mae-bench', 'step', '--dtype', 'float16'), "did you mean 'bfloat16'"),
     (('mae-bench', 'loader', '--data', 'nowhere/at-all'), 'no such folder'),
     (('mae-plan', 'pretrian'), "did you mean 'pretrain'"),
@@ -130,7 +170,7 @@ def test_the_gpu_script_works_on_a_cpu(tmp_path, capsys):
     found = json.loads(file.read_text())
     assert {r['switch'] for r in found['rows']} >= {'bf16', 'transformers, bf16', 'float32', 'linear probe, bf16', 'bf16, activation checkpointing'}
     assert all(r['images_per_second'] > 0 and 0 < r['mfu'] < 2 for r in found['rows']) and len(found['kernels']['nano']) == 10
-    assert {x['why'] for x in found['left_out']} == {'no compilation on a CPU'}
+    assert {x['why'] for x in found['left_out']} == {'only on a GPU'}
     assert '| nano | bf16 |' in (tmp_path/'table.md').read_text()
     gpu.main([*words, '--budget', '0', '--json', str(file)])
     assert not json.loads(file.read_text())['rows'] and 'nano float32: no time left' in capsys.readouterr().out

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from mae_nb.classifier import create_classifier
 from mae_nb.mae import SIZES, create_mae
@@ -29,12 +28,6 @@ def cross(name): return create_mae(name, decoder='cross', decode_ratio=.25)
 def classes(name): return create_classifier(name, 1000)
 def probe(name): return FrozenProbe(create_mae(name).encoder, LinearHead(SIZES[name]['dim'], 1000))
 
-def checkpointed(name):
-    "A masked autoencoder that keeps only what enters each block."
-    model = create_mae(name)
-    for b in (*model.encoder.blocks, *model.decoder.blocks): b.forward = lambda *args, run=b.forward: checkpoint(run, *args, use_reentrant=False)
-    return model
-
 BF16 = dict(dtype='bfloat16')
 SWITCHES = {   # row -> (model, somebody else's code for it, options of `train_step`)
     'bf16, blocks compiled':               (create_mae, None, BF16 | dict(compile='blocks')),
@@ -43,11 +36,13 @@ SWITCHES = {   # row -> (model, somebody else's code for it, options of `train_s
     'cross decoder 25 %, blocks compiled': (cross, None, BF16 | dict(compile='blocks')),
     'float32':                             (create_mae, None, dict(dtype='float32')),
     'bf16, AdamW not fused':               (create_mae, None, BF16 | dict(fused=False)),
-    'bf16, activation checkpointing':      (checkpointed, None, BF16),
+    'bf16, activation checkpointing':      (create_mae, None, BF16 | dict(checkpointing=True)),
     'fine-tuning, blocks compiled':        (classes, None, BF16 | dict(compile='blocks')),
     'fine-tuning, timm, bf16':             (classes, like_timm, BF16),
     'linear probe, bf16':                  (probe, None, BF16),
     'bf16, compiled whole':                (create_mae, None, BF16 | dict(compile='whole')),
+    'bf16, CUDA graphs':                   (create_mae, None, BF16 | dict(compile='graphs')),
+    'float8, blocks compiled':             (create_mae, None, BF16 | dict(compile='blocks', fp8=True)),
     'transformers, blocks compiled':       (create_mae, like_transformers, BF16 | dict(compile='blocks')),
     'fine-tuning, bf16':                   (classes, None, BF16),
 }
@@ -59,7 +54,7 @@ def prepared(size, switch, device):
     encoder, labelled = getattr(model, 'encoder', model), hasattr(model, 'head')
     bs, amp = BATCH[size][labelled], options['dtype'] == 'bfloat16'
     told = dict(model=size, switch=switch, bs=bs, gflop_per_image=step_flops(model) / 1e9,
-                gib_planned=planned(model, bs, amp=amp, checkpointing=make is checkpointed).total / 2**30)
+                gib_planned=planned(model, bs, amp=amp, checkpointing=options.get('checkpointing', False)).total / 2**30)
     imgs = torch.randn(bs, encoder.in_chans, *encoder.img_size, device=device)
     return train_step(like(model) if like else model, imgs, torch.arange(bs, device=device) if labelled else None, **options), told
 
@@ -117,7 +112,7 @@ def main(words=None):
     jobs += [(switch, size) for switch in list(SWITCHES)[4:] for size in args.models]
     for switch, size in jobs:
         compiled = SWITCHES.get(switch, (0, 0, dict(compile='blocks')))[2].get('compile')
-        why = 'no compilation on a CPU' if compiled and not compiles and switch != 'kernels' else 'no time left' if left() < (75 if compiled and compiles else 15 if compiles else 1) else None
+        why = 'only on a GPU' if compiled and not compiles and switch != 'kernels' else 'no time left' if left() < (75 if compiled and compiles else 15 if compiles else 1) else None
         if why is None:
             try:
                 if switch == 'kernels': result['kernels'][size] = kernels(size, list(SWITCHES)[0 if compiles else 2], device)
@@ -125,6 +120,7 @@ def main(words=None):
                     result['rows'].append(measure(size, switch, device, args.turns, args.steps, peak))
                     print(f"{left():5.0f} s left  {size:5} {switch:40} {result['rows'][-1]['images_per_second']:10,.1f} images/s", flush=True)
             except torch.OutOfMemoryError: why = 'out of memory'
+            except ValueError as e: why = str(e)   # torchao is not there
             torch.compiler.reset(); gc.collect()
             if compiles: torch.cuda.empty_cache()
         if why: result['left_out'].append(dict(model=size, switch=switch, why=why))
