@@ -48,7 +48,7 @@ def key(
     epoch:int,                  # epoch, from 0
     index:int|torch.Tensor,     # sample index, one or a batch of them (b,)
     purpose:str,                # a key of `PURPOSES`
-    layer:int=0,                # layer, try, or any further counter
+    layer:int|torch.Tensor=0,   # layer, try, repeat, or any further counter; one or a batch of them (b,)
 ) -> int|torch.Tensor:          # 64 bits: an int, or an int64 tensor (b,)
     "A random number's whole reason to be: 64 bits that hang on nothing but these five."
     h = 0
