@@ -6,8 +6,8 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PICTURE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS',
            'MAX_ARCHIVE', 'SOURCES', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
            'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set', 'folder_sets', 'load_source',
-           'crop_box', 'train_transform', 'Crop', 'eval_transform', 'BadImages', 'Samples', 'printable', 'record_bad',
-           'collate', 'KeyedBatches', 'Loader', 'get_dls']
+           'crop_box', 'resized', 'train_transform', 'Crop', 'eval_transform', 'BadImages', 'Samples', 'printable',
+           'record_bad', 'collate', 'KeyedBatches', 'Loader', 'get_dls']
 
 # %% ../nbs/13_data.ipynb #e5520a6f
 import csv
@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,12 +28,12 @@ import simplejpeg
 import torch
 from fastai.data.core import DataLoaders
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from .encoder import to_pair
-from .keyed import generator, key, uniforms
+from .keyed import generator, key, nth_uniform
 from .mae import pick
 from .settings import setting
 from .shards import Encoded, encoded_parts, quiet_worker
@@ -103,7 +103,9 @@ def bare_jpeg(
         if not frame or len(part) < 8 + 2 * part[4]: raise ValueError('the file is damaged before its pixels')
         if frame in (0xc0, 0xc1): part[-3:] = 0, 63, 0   # some cameras write what means nothing here
         scanned, (first, last, bits) = bytes(part[5:-3:2]), part[-3:]
-        if frame in (0xc0, 0xc1) and len(scanned) == len(ids): return b''.join([*kept, part, data[end:]]), exif   # nearly all files: one pass
+        if frame in (0xc0, 0xc1) and len(scanned) == len(ids):   # nearly all files: one pass
+            head = b''.join([*kept, part])
+            return data if data.startswith(head) else head + data[end:], exif
         precise |= {(i, k): bits & 15 for i in scanned for k in range(first, last + 1)}
         kept.append(part)
         if (passes := passes + 1) > MAX_SCANS: raise ValueError(f'more than {MAX_SCANS} passes over the picture')
@@ -343,20 +345,28 @@ def load_source(
 def crop_box(
     size:tuple[int, int],       # (rows, columns) of the image in pixels
     scale:tuple[float, float],  # smallest and largest share of the area
-    u:Sequence[float],          # 22 uniform random numbers
+    k:int,                      # the key to draw with
     ratio:tuple[float, float]=(3/4, 4/3),  # smallest and largest columns / rows
 ) -> tuple[int, int, int, int]:  # top, left, rows, columns
     "The box of a random resized crop: ten tries, then the largest centred box of an allowed ratio."
     H, W = size
-    for a, r in zip(u[:20:2], u[1:20:2]):
-        area = H * W * (scale[0] + a * (scale[1] - scale[0]))
-        aspect = np.exp(np.log(ratio[0]) + r * np.log(ratio[1] / ratio[0]))
+    for i in range(0, 20, 2):
+        area = H * W * (scale[0] + nth_uniform(k, i) * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0])**nth_uniform(k, i + 1)
         h, w = round((area / aspect)**.5), round((area * aspect)**.5)
-        if 0 < h <= H and 0 < w <= W: return int(u[20] * (H - h + 1)), int(u[21] * (W - w + 1)), h, w
+        if 0 < h <= H and 0 < w <= W: return int(nth_uniform(k, 20) * (H - h + 1)), int(nth_uniform(k, 21) * (W - w + 1)), h, w
     h, w = min(H, round(W / ratio[0])), min(W, round(H * ratio[1]))
     return (H - h) // 2, (W - w) // 2, h, w
 
 # %% ../nbs/13_data.ipynb #0dd4cd6b
+def resized(
+    img:torch.Tensor,      # image (c, h, w), uint8
+    size:tuple[int, int],  # (rows, columns) wanted
+) -> torch.Tensor:         # image (c, *size), uint8
+    "Scale an image: bicubic with antialiasing, as torchvision and PIL do it."
+    imgs = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)   # as a batch whose channels lie together in memory: so torch takes it without copies
+    return interpolate(imgs, tuple(size), mode='bicubic', antialias=True)[0]
+
 def train_transform(
     img:torch.Tensor,            # image (c, h, w), uint8
     k:Callable[[str], int],      # gives the key for a purpose
@@ -366,9 +376,10 @@ def train_transform(
 ) -> torch.Tensor:               # image (c, *size), uint8
     "Random resized crop and flip, drawn from the sample's keys."
     if tuple(crop_scale) != (1., 1.):
-        img = TF.resized_crop(img, *crop_box(img.shape[1:], crop_scale, uniforms(k('crop'), 22)), list(size), InterpolationMode.BICUBIC)
+        t, l, h, w = crop_box(img.shape[1:], crop_scale, k('crop'))
+        img = resized(img[:, t:t + h, l:l + w], size)
     elif tuple(img.shape[1:]) != tuple(size): img = eval_transform(img, size)
-    return img.flip(-1) if flip and uniforms(k('flip'), 1)[0] < .5 else img
+    return img.flip(-1) if flip and nth_uniform(k('flip'), 0) < .5 else img
 
 # %% ../nbs/13_data.ipynb #185b40b2
 @dataclass(frozen=True)
@@ -387,7 +398,7 @@ class Crop:
         "What rows and columns may be divided by so that the box still has the size wanted."
         enough, f = lambda shape: shape[0] >= size[0] and shape[1] >= size[1], 1
         if self.crop_scale == (1., 1.): return 1
-        while f < 8 and enough(less := [-(-n // (2 * f)) for n in whole]) and enough(crop_box(less, self.crop_scale, uniforms(k('crop'), 22))[2:]): f *= 2
+        while f < 8 and enough(less := [-(-n // (2 * f)) for n in whole]) and enough(crop_box(less, self.crop_scale, k('crop'))[2:]): f *= 2
         return f
 
 # %% ../nbs/13_data.ipynb #77d524e7
@@ -399,7 +410,7 @@ def eval_transform(
     if tuple(img.shape[1:]) == tuple(size): return img
     (h, w), (H, W) = img.shape[1:], size
     s = max(H / h, W / w) * (256 / 224 if min(size) >= 64 else 1)
-    img = TF.resize(img, [max(round(h * s), H), max(round(w * s), W)], InterpolationMode.BICUBIC)
+    img = resized(img, (max(round(h * s), H), max(round(w * s), W)))
     return TF.center_crop(img, [H, W])
 
 # %% ../nbs/13_data.ipynb #e645cd1c
@@ -465,9 +476,10 @@ def record_bad(
 def collate(
     items:list,  # of `Samples`
 ) -> tuple:      # images (b, c, h, w) uint8, sample index (b,), labels (b,), bad files
-    "Samples as a batch, which a worker puts where the other process sees it."
+    "Samples as a batch, whose channels lie together in memory as in a file; a worker's is put where the other process sees it."
     imgs, labels, index, bad = zip(*items)
-    return default_collate(imgs), torch.tensor(index), torch.tensor(labels), sum(bad, [])
+    imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
+    return imgs, torch.tensor(index), torch.tensor(labels), sum(bad, [])
 
 # %% ../nbs/13_data.ipynb #723299dd
 class KeyedBatches:

@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from mae_nb.data import Crop, ImageSet, Samples, collate, crop_box, to_rgb_or_grey
-from mae_nb.keyed import key, uniforms
+from mae_nb.keyed import key, nth_uniform
 
 SIZE = 224, 224
 
@@ -23,12 +23,12 @@ def theirs(raw, k, crop, turn=1):
     im = to_rgb_or_grey(Image.open(io.BytesIO(raw)), 3)
     f = 1 if Image.open(io.BytesIO(raw)).mode == 'CMYK' else crop.shrink(k, SIZE, im.height, im.width)
     less = -(-im.height // f), -(-im.width // f)
-    t, l, h, w = (f * x for x in crop_box(less, crop.crop_scale, uniforms(k('crop'), 22)))
+    t, l, h, w = (f * x for x in crop_box(less, crop.crop_scale, k('crop')))
     if turn in (3, 8): t -= f * less[0] - im.height   # the half-filled last row of a file that is turned comes first
     if turn in (3, 6): l -= f * less[1] - im.width
     box = max(t, 0), max(l, 0), min(t + h, im.height), min(l + w, im.width)
     out = TF.resized_crop(im, *box[:2], box[2] - box[0], box[3] - box[1], list(SIZE), InterpolationMode.BICUBIC)
-    return TF.pil_to_tensor(TF.horizontal_flip(out) if uniforms(k('flip'), 1)[0] < .5 else out), f
+    return TF.pil_to_tensor(TF.horizontal_flip(out) if nth_uniform(k('flip'), 0) < .5 else out), f
 
 def differences(raws, epochs=1, turns=None):
     "Mean difference of each crop in grey levels, and how often pictures were decoded at 1/1, 1/2, ... of their size."
