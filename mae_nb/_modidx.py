@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mae_nb.shards._arrow': ('shards.html#_arrow', 'mae_nb/shards.py'),
                                'mae_nb.shards._begin': ('shards.html#_begin', 'mae_nb/shards.py'),
                                'mae_nb.shards._remote': ('shards.html#_remote', 'mae_nb/shards.py'),
+                               'mae_nb.shards._store': ('shards.html#_store', 'mae_nb/shards.py'),
                                'mae_nb.shards._write_index': ('shards.html#_write_index', 'mae_nb/shards.py'),
                                'mae_nb.shards.check_shards': ('shards.html#check_shards', 'mae_nb/shards.py'),
                                'mae_nb.shards.devkit_labels': ('shards.html#devkit_labels', 'mae_nb/shards.py'),

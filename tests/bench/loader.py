@@ -25,8 +25,9 @@ from PIL import Image
 from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import center_crop
 
-from mae_nb.data import ImageSet, eval_transform, folder_sets, get_dls, load_source, read_image
+from mae_nb.data import ImageSet, folder_sets, get_dls, load_source, read_image, resized
 from mae_nb.recipes import RECIPES, change
 from mae_nb.shards import Files, Part, pack
 
@@ -61,13 +62,14 @@ def decodable(raws):
 def psnr(a, b): return float(10 * np.log10(255**2 / np.mean((np.asarray(a, float) - np.asarray(b, float))**2)))
 
 def quality(plain, small):
-    "PSNR in dB, median over the pictures: of the JPEG against the same pixels before, and of the middle crop of 224 against the original file's."
+    "PSNR in dB, median over the pictures: of the JPEG against the same pixels before, and of the middle 224 of 256 against the original file's."
     jpeg, crop = [], []
     for a, b in zip(plain.items, small.items):
         if a == b: continue
         was, now = (read_image(io.BytesIO(x)) for x in (a, b))
         im = Image.fromarray(was.permute(1, 2, 0).numpy()); im.thumbnail((SIDE, SIDE), Image.LANCZOS)
-        jpeg.append(psnr(im, now.permute(1, 2, 0))); crop.append(psnr(eval_transform(was, (224, 224)), eval_transform(now, (224, 224))))
+        size = [round(n * 256 / min(was.shape[1:])) for n in was.shape[1:]]   # the same for both: a rounded side would move the crop
+        jpeg.append(psnr(im, now.permute(1, 2, 0))); crop.append(psnr(*(center_crop(resized(x, size), 224) for x in (was, now))))
     return dict(pictures=len(jpeg), jpeg=median(jpeg), crop=median(crop), crop_worst=min(crop))
 
 def memory(dl):
