@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -12,18 +13,20 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from conftest import begin_command
 from fastai.callback.core import Callback
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
+from mae_nb import cli
 from mae_nb.data import Loader, Samples, collate, folder_sets, get_dls, load_source, read_image, train_transform
 from mae_nb.engine import make_run
 from mae_nb.interop import load_mae
 from mae_nb.mae import create_mae
 from mae_nb.pretrain import pretrain_learner
 from mae_nb.recipes import RECIPES, change
-from mae_nb.shards import DEVKIT, INDEX, TRAIN_TAR, VAL_TAR, Files, Part, check_shards, open_pack, pack, read_index
+from mae_nb.shards import DEVKIT, TRAIN_TAR, VAL_TAR, Files, Part, check_shards, open_pack, pack, read_index
 
 pa = pytest.importorskip('pyarrow')
 RECIPE = change(RECIPES['pretrain'], dict(batch_size=16))
@@ -68,23 +71,26 @@ def test_workers_however_they_start(photos, tmp_path, how):
     assert same([b[:3] for b in here], [b[:3] for b in there])
 
 def test_a_cut_at_ten_random_moments_changes_nothing(photos, tmp_path):
-    def slow(raw): time.sleep(.002); return read_image(raw)
-    options = dict(read=slow, per_shard=8, max_side=30)
-    pack(parts(photos), tmp_path/'whole', **options)
+    def begin(out, workers=0, seconds=None):
+        "Pack slowly; after so many seconds from the first picture on the process is killed."
+        def prepare():
+            main, begun = os.getpid(), []
+            def slow(raw):
+                if seconds and not begun: begun.append(threading.Timer(seconds, os.kill, (main, signal.SIGKILL))); begun[0].start()
+                time.sleep(.003); return read_image(raw)
+            cli.read_image = slow
+        return begin_command(tmp_path, 'mae-pack', 'photos', out, '--per-shard', 8, '--max-side', 30, '--num-workers', workers, before=prepare)[1]()
+    assert begin('whole').code == 0
     rng, done = np.random.default_rng(0), []
     for cut in range(10):
-        if (pid := os.fork()) == 0:
-            os.close(2)   # workers that lose their process complain
-            try: pack(parts(photos), tmp_path/'cut', num_workers=2 if cut % 5 == 4 else 0, **options)
-            finally: os._exit(0)
-        time.sleep(rng.uniform(.02, .12)); os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        if (tmp_path/'cut'/INDEX).is_file():
-            index = read_index(tmp_path/'cut')
-            done.append(len(index['shards'])); assert all((tmp_path/'cut'/f).stat().st_size == row['bytes'] for f, row in index['shards'].items())
-            if not index['complete']:
-                with pytest.raises(ValueError, match='is not finished: run the same mae-pack again'): open_pack(tmp_path/'cut')
+        assert begin('cut', 2 if cut % 5 == 4 else 0, rng.uniform(.01, .15)).code in (-signal.SIGKILL, 0)   # 0: it was quicker
+        index = read_index(tmp_path/'cut')
+        done.append(len(index['shards'])); assert all((tmp_path/'cut'/f).stat().st_size == row['bytes'] for f, row in index['shards'].items())
+        if not index['complete']:
+            with pytest.raises(ValueError, match='is not finished: run the same mae-pack again'): open_pack(tmp_path/'cut')
+    print(f'shards after each cut: {done} of 15')
     assert done == sorted(done) and done[0] < 15   # every start goes on where the last one ended
-    pack(parts(photos), tmp_path/'cut', **options)
+    assert begin('cut').code == 0
     assert contents(tmp_path/'cut') == contents(tmp_path/'whole')
 
 def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_named(forked, photos, tmp_path):
