@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from .data import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
+from .data import IMAGENET_MEAN, IMAGENET_STD, Crop, eval_transform, train_transform
 from .keyed import uniforms
 
 # %% ../nbs/14_augment.ipynb #6578c961
@@ -111,11 +111,9 @@ def erase(
 
 # %% ../nbs/14_augment.ipynb #65125686
 @dataclass(frozen=True)
-class Augment:
+class Augment(Crop):
     "What a recipe does to a training image."
     augment: str = 'random'   # a row of Table 1e
-    crop_scale: tuple = (.2, 1.)
-    flip: bool = True
     randaugment: str = ''     # timm's name; empty = none
     erase: float = 0.         # share of images
     mean: tuple = IMAGENET_MEAN
@@ -125,6 +123,8 @@ class Augment:
         img = pretrain_transform(img, k, size, self.augment, self.crop_scale, self.flip)
         if self.randaugment: img = rand_augment(img, k, self.randaugment, self.mean)
         return erase(img, k, self.erase, self.mean, self.std) if self.erase else img
+
+    def shrink(self, *args): return super().shrink(*args) if self.augment in ('random', 'jitter') else 1
 
 def augment_of(
     recipe,      # any recipe with `crop_scale` and `flip`
@@ -150,17 +150,19 @@ def eval_crop(
 # %% ../nbs/14_augment.ipynb #fb9f0b05
 def _is_ours(transform) -> bool:
     "Whether a loader's transform is `get_dls`'s or ours, and none of the user's own."
-    return transform is None or isinstance(transform, Augment) or getattr(transform, 'func', transform) in (train_transform, eval_crop)
+    return transform is None or isinstance(transform, Crop) or transform is eval_crop
 
 def augment_dls(
     dls,     # from `get_dls`; changed in place
     recipe,  # any recipe with `crop_scale` and `flip`
 ):
-    "Let the loaders draw what the recipe says; transforms of your own are left alone."
+    "Let the loaders draw what the recipe says, as often as it says; transforms of your own are left alone."
     images = dls.train.dataset.images
-    for loader, transform in zip(dls.loaders, (augment_of(recipe, images.mean, images.std), eval_crop)):
-        if not _is_ours(loader.dataset.transform) or loader.dataset.transform == transform: continue
-        loader.dataset.transform = transform
+    for loader, transform, repeats in zip(dls.loaders, (augment_of(recipe, images.mean, images.std), eval_crop), (getattr(recipe, 'repeats', 1), 1)):
+        own = loader.dataset
+        wanted = transform if _is_ours(own.transform) else own.transform, repeats
+        if wanted == (own.transform, own.repeats): continue
+        own.transform, own.repeats = wanted
         loader.dl._iterator = None   # workers that are running have the old one
 
 # %% ../nbs/14_augment.ipynb #511472a8

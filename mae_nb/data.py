@@ -6,8 +6,8 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PICTURE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS',
            'MAX_ARCHIVE', 'SOURCES', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
            'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set', 'folder_sets', 'load_source',
-           'crop_box', 'train_transform', 'eval_transform', 'BadImages', 'Samples', 'printable', 'record_bad',
-           'collate', 'KeyedBatches', 'Loader', 'get_dls']
+           'crop_box', 'resized', 'train_transform', 'Crop', 'eval_transform', 'BadImages', 'Samples', 'printable',
+           'record_bad', 'collate', 'KeyedBatches', 'Loader', 'get_dls']
 
 # %% ../nbs/13_data.ipynb #e5520a6f
 import csv
@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,12 +28,12 @@ import simplejpeg
 import torch
 from fastai.data.core import DataLoaders
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 
 from .encoder import to_pair
-from .keyed import generator, key, uniforms
+from .keyed import generator, key, nth_uniform
 from .mae import pick
 from .settings import setting
 from .shards import Encoded, encoded_parts, quiet_worker
@@ -85,9 +85,9 @@ _MARKER = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')   # begins a part of the file
 
 def bare_jpeg(
     data:bytes,  # a JPEG file
-) -> bytes:      # the same picture
+) -> tuple[bytes, bool]:  # the same picture; whether notes were left out that may say how to turn it
     "A JPEG without notes and stray bytes; an error where a pass over the picture is missing."
-    at, kept, frame, ids, precise, passes = 2, [b'\xff\xd8'], None, b'', {}, 0   # precise: bits still missing of (component, coefficient)
+    at, kept, frame, ids, precise, passes, exif = 2, [b'\xff\xd8'], None, b'', {}, 0, False   # precise: bits still missing of (component, coefficient)
     while m := _MARKER.search(data, at):
         code, end = data[m.end() - 1], m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
         if code == 0xd9: break
@@ -97,12 +97,15 @@ def bare_jpeg(
         if code != 0xda:
             note = 0xe0 <= code <= 0xef and code != 0xee or code == 0xfe   # 0xee tells the colour space
             if not note or part[4:10] == b'JFIF\0\1': kept.append(part)
+            exif |= code == 0xe1
             at = end
             continue
         if not frame or len(part) < 8 + 2 * part[4]: raise ValueError('the file is damaged before its pixels')
         if frame in (0xc0, 0xc1): part[-3:] = 0, 63, 0   # some cameras write what means nothing here
         scanned, (first, last, bits) = bytes(part[5:-3:2]), part[-3:]
-        if frame in (0xc0, 0xc1) and len(scanned) == len(ids): return b''.join([*kept, part, data[end:]])   # nearly all files: one pass
+        if frame in (0xc0, 0xc1) and len(scanned) == len(ids):   # nearly all files: one pass
+            head = b''.join([*kept, part])
+            return data if data.startswith(head) else head + data[end:], exif
         precise |= {(i, k): bits & 15 for i in scanned for k in range(first, last + 1)}
         kept.append(part)
         if (passes := passes + 1) > MAX_SCANS: raise ValueError(f'more than {MAX_SCANS} passes over the picture')
@@ -111,45 +114,63 @@ def bare_jpeg(
         kept.append(data[end:at])
     lossless = frame not in (0xc0, 0xc1, 0xc2)
     if not lossless and any(precise.get((i, k), 1) for i in ids for k in range(64)): raise ValueError('the file breaks off: a pass over the picture is missing')
-    return b''.join([*kept, data[m.start():m.end()] if m else b''])
+    return b''.join([*kept, data[m.start():m.end()] if m else b'']), exif
 
 def jpeg_pixels(
-    data:bytes,  # a JPEG file
-    mode:str,    # PIL's mode of it: L, RGB or CMYK
-) -> np.ndarray: # (h, w, c) uint8
+    bare:bytes,    # from `bare_jpeg`
+    colours:str,   # GRAY, RGB or CMYK
+    shrink:int=1,  # 1, 2, 4 or 8: rows and columns are divided by it
+) -> np.ndarray:   # (h, w, c) uint8
     "The pixels of a JPEG; a file that breaks off is an error."
-    bare, colours = bare_jpeg(data), {'L': 'GRAY'}.get(mode, mode)
-    try: return simplejpeg.decode_jpeg(bare, colours)
+    h, w, *_ = simplejpeg.decode_jpeg_header(bare)
+    options = dict(min_height=-(-h // shrink), min_width=-(-w // shrink), min_factor=shrink)
+    try: return simplejpeg.decode_jpeg(bare, colours, **options)
     except ValueError as e:
         stray = re.search(r'(\d+) extraneous bytes before marker 0xd9', str(e))   # behind the last pixel
-        if not stray or int(stray[1]) > len(data) / 4: raise   # so many: the size in its header is too small
-        return simplejpeg.decode_jpeg(bare, colours, strict=False)
+        if not stray or int(stray[1]) > len(bare) / 4: raise   # so many: the size in its header is too small
+        return simplejpeg.decode_jpeg(bare, colours, strict=False, **options)
 
 # %% ../nbs/13_data.ipynb #1adfd06c
 def read_image(
     file:str|Path|io.BytesIO,  # a file in one of `PICTURE_FORMATS`; its content counts, not its name
     in_chans:int=3,            # channels wanted: 1 or 3
+    shrink:Callable[[int, int], int]|None=None,  # takes rows and columns, gives what to divide them by where that makes a JPEG quicker to decode: 1, 2, 4 or 8
 ) -> torch.Tensor:             # image (c, h, w), uint8
     "Read an image file, whole or not at all."
     data = file.getvalue() if isinstance(file, io.BytesIO) else file_bytes(file)
+    if data[:3] == b'\xff\xd8\xff': return _read_jpeg(data, in_chans, shrink)
     try: opened = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError: raise ValueError(f'no picture in a format that is read here: {", ".join(PICTURE_FORMATS)}') from None
     except Image.DecompressionBombError: raise ValueError(f'more than {MAX_PIXELS:,} pixels') from None
     with opened as im:
-        if im.width * im.height > MAX_PIXELS: raise ValueError(f'{im.width} x {im.height} pixels are more than {MAX_PIXELS:,}')
-        if max(im.size) > MAX_ASPECT * min(im.size): raise ValueError(f'{im.width} x {im.height} pixels: one side is more than {MAX_ASPECT} times the other')
-        if im.format in ('JPEG', 'MPO'):
-            pixels, turn = jpeg_pixels(data, im.mode), _turn(im)
-            if turn == 1 and pixels.shape[2] == in_chans: return torch.from_numpy(pixels).permute(2, 0, 1)   # nearly all files
-            if im.mode != 'CMYK':   # PIL knows how each program inverts its inks
-                im = Image.fromarray(pixels.squeeze(-1) if im.mode == 'L' else pixels)
-                im.getexif()[0x112] = turn
-        a = np.array(to_rgb_or_grey(im, in_chans))
+        _check_size(im.height, im.width)
+        return _from_pil(im, in_chans)
+
+def _read_jpeg(data:bytes, in_chans:int, shrink) -> torch.Tensor:
+    "A JPEG, without PIL where that is not needed."
+    bare, exif = bare_jpeg(data)
+    h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
+    _check_size(h, w)
+    turn, inks = _turn(data) if exif else 1, space in ('CMYK', 'YCCK')
+    less = 1 if inks or not shrink else shrink(w, h) if turn in (5, 6, 7, 8) else shrink(h, w)
+    pixels = jpeg_pixels(bare, 'CMYK' if inks else 'GRAY' if in_chans == 1 and space == 'Gray' else 'RGB', less)
+    if turn == 1 and pixels.shape[2] == in_chans: return torch.from_numpy(pixels).permute(2, 0, 1)   # nearly all files
+    if inks: return _from_pil(Image.open(io.BytesIO(data), formats=_formats()), in_chans)   # PIL knows how each program inverts its inks
+    im = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    im.getexif()[0x112] = turn
+    return _from_pil(im, in_chans)
+
+def _check_size(h:int, w:int):
+    if w * h > MAX_PIXELS: raise ValueError(f'{w} x {h} pixels are more than {MAX_PIXELS:,}')
+    if max(w, h) > MAX_ASPECT * min(w, h): raise ValueError(f'{w} x {h} pixels: one side is more than {MAX_ASPECT} times the other')
+
+def _from_pil(im:Image.Image, in_chans:int) -> torch.Tensor:
+    a = np.array(to_rgb_or_grey(im, in_chans))
     return torch.from_numpy(a).reshape(*a.shape[:2], in_chans).permute(2, 0, 1)
 
-def _turn(im:Image.Image) -> int:
+def _turn(data:bytes) -> int:
     "How a file says it is to be turned, as EXIF counts; 1 = it lies right, or its notes are damaged."
-    try: return im.getexif().get(0x112, 1)
+    try: return Image.open(io.BytesIO(data), formats=_formats()).getexif().get(0x112, 1)
     except Exception: return 1
 
 # %% ../nbs/13_data.ipynb #a2e5100e
@@ -167,11 +188,11 @@ class ImageSet:
     @property
     def in_chans(self): return len(self.mean)
 
-    def read(self, i:int) -> torch.Tensor:  # image (c, h, w), uint8
-        "Image number `i`."
+    def read(self, i:int, shrink:Callable|None=None) -> torch.Tensor:  # image (c, h, w), uint8
+        "Image number `i`; `shrink` as in `read_image`."
         if isinstance(self.items, np.ndarray): return torch.from_numpy(self.items[i]).permute(2, 0, 1)
         item = self.items[i]
-        return read_image(io.BytesIO(item) if isinstance(item, bytes) else item, self.in_chans)
+        return read_image(io.BytesIO(item) if isinstance(item, bytes) else item, self.in_chans, shrink)
 
     def file(self, i:int) -> str:
         "What to call image number `i`, for messages."
@@ -324,20 +345,28 @@ def load_source(
 def crop_box(
     size:tuple[int, int],       # (rows, columns) of the image in pixels
     scale:tuple[float, float],  # smallest and largest share of the area
-    u:Sequence[float],          # 22 uniform random numbers
+    k:int,                      # the key to draw with
     ratio:tuple[float, float]=(3/4, 4/3),  # smallest and largest columns / rows
 ) -> tuple[int, int, int, int]:  # top, left, rows, columns
     "The box of a random resized crop: ten tries, then the largest centred box of an allowed ratio."
     H, W = size
-    for a, r in zip(u[:20:2], u[1:20:2]):
-        area = H * W * (scale[0] + a * (scale[1] - scale[0]))
-        aspect = np.exp(np.log(ratio[0]) + r * np.log(ratio[1] / ratio[0]))
+    for i in range(0, 20, 2):
+        area = H * W * (scale[0] + nth_uniform(k, i) * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0])**nth_uniform(k, i + 1)
         h, w = round((area / aspect)**.5), round((area * aspect)**.5)
-        if 0 < h <= H and 0 < w <= W: return int(u[20] * (H - h + 1)), int(u[21] * (W - w + 1)), h, w
+        if 0 < h <= H and 0 < w <= W: return int(nth_uniform(k, 20) * (H - h + 1)), int(nth_uniform(k, 21) * (W - w + 1)), h, w
     h, w = min(H, round(W / ratio[0])), min(W, round(H * ratio[1]))
     return (H - h) // 2, (W - w) // 2, h, w
 
 # %% ../nbs/13_data.ipynb #0dd4cd6b
+def resized(
+    img:torch.Tensor,      # image (c, h, w), uint8
+    size:tuple[int, int],  # (rows, columns) wanted
+) -> torch.Tensor:         # image (c, *size), uint8
+    "Scale an image: bicubic with antialiasing, as torchvision and PIL do it."
+    imgs = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)   # as a batch whose channels lie together in memory: so torch takes it without copies
+    return interpolate(imgs, tuple(size), mode='bicubic', antialias=True)[0]
+
 def train_transform(
     img:torch.Tensor,            # image (c, h, w), uint8
     k:Callable[[str], int],      # gives the key for a purpose
@@ -347,9 +376,30 @@ def train_transform(
 ) -> torch.Tensor:               # image (c, *size), uint8
     "Random resized crop and flip, drawn from the sample's keys."
     if tuple(crop_scale) != (1., 1.):
-        img = TF.resized_crop(img, *crop_box(img.shape[1:], crop_scale, uniforms(k('crop'), 22)), list(size), InterpolationMode.BICUBIC)
+        t, l, h, w = crop_box(img.shape[1:], crop_scale, k('crop'))
+        img = resized(img[:, t:t + h, l:l + w], size)
     elif tuple(img.shape[1:]) != tuple(size): img = eval_transform(img, size)
-    return img.flip(-1) if flip and uniforms(k('flip'), 1)[0] < .5 else img
+    return img.flip(-1) if flip and nth_uniform(k('flip'), 0) < .5 else img
+
+# %% ../nbs/13_data.ipynb #185b40b2
+@dataclass(frozen=True)
+class Crop:
+    "`train_transform` with its options; can be sent to a loader's worker."
+    crop_scale: tuple = (.2, 1.)   # share of the image's area that a crop takes
+    flip: bool = True              # mirror half of the images
+
+    def __call__(self, img, k, size): return train_transform(img, k, size, self.crop_scale, self.flip)
+
+    def shrink(self,
+        k:Callable[[str], int],    # gives the key for a purpose
+        size:tuple[int, int],      # (rows, columns) wanted
+        *whole:int,                # rows and columns of the picture
+    ) -> int:                      # 1, 2, 4 or 8
+        "What rows and columns may be divided by so that the box still has the size wanted."
+        enough, f = lambda shape: shape[0] >= size[0] and shape[1] >= size[1], 1
+        if self.crop_scale == (1., 1.): return 1
+        while f < 8 and enough(less := [-(-n // (2 * f)) for n in whole]) and enough(crop_box(less, self.crop_scale, k('crop'))[2:]): f *= 2
+        return f
 
 # %% ../nbs/13_data.ipynb #77d524e7
 def eval_transform(
@@ -360,7 +410,7 @@ def eval_transform(
     if tuple(img.shape[1:]) == tuple(size): return img
     (h, w), (H, W) = img.shape[1:], size
     s = max(H / h, W / w) * (256 / 224 if min(size) >= 64 else 1)
-    img = TF.resize(img, [max(round(h * s), H), max(round(w * s), W)], InterpolationMode.BICUBIC)
+    img = resized(img, (max(round(h * s), H), max(round(w * s), W)))
     return TF.center_crop(img, [H, W])
 
 # %% ../nbs/13_data.ipynb #e645cd1c
@@ -375,24 +425,30 @@ class Samples(Dataset):
         size:tuple[int, int],      # (rows, columns) of a sample
         seed:int=0,                # the run's seed
         transform:Callable|None=None,  # takes (image, k, size); `eval_transform` without a key if None
+        repeats:int=1,             # samples of one picture that is read once
     ):
-        self.images, self.size, self.seed, self.transform = images, size, seed, transform
+        self.images, self.size, self.seed, self.transform, self.repeats = images, size, seed, transform, repeats
 
     def __len__(self): return len(self.images)
+    def __getitem__(self, where:tuple[int, int]): return self.visit(*where)[0]
+    def __getitems__(self, batch:list): return [s for where in batch for s in self.visit(*where)]   # what a loader asks for
 
-    def __getitem__(self, where:tuple[int, int]):  # (epoch, index) -> image (c, *size), label, [(name, reason), ...]
-        epoch, index = where
+    def visit(self, epoch:int, index:int) -> list:   # of (image (c, *size), label, index, [(name, reason), ...]), `repeats` of them
+        "Read a picture, or one that stands in for it, and make samples of it."
+        keys = [lambda purpose, n=n: key(self.seed, epoch, index, purpose, n) for n in range(self.repeats)]
+        shrink = getattr(self.transform, 'shrink', None)
+        least = shrink and (lambda *whole: min(shrink(k, self.size, *whole) for k in keys))
         i, bad = index, []
         while True:
-            try: img = self.images.read(i); break
+            try: img = self.images.read(i, least); break
             except Exception as e:
                 bad.append((i, why_bad(e)))
                 if len(bad) > 20:   # the loader raises the error: a worker's would come wrapped in a traceback
                     img, bad = torch.zeros(self.images.in_chans, *self.size, dtype=torch.uint8), [*bad, (None, 'no stand-in found')]; break
                 i = key(self.seed, epoch, index, 'replace', len(bad)) % len(self)
-        k = lambda purpose: key(self.seed, epoch, index, purpose)
-        img = self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
-        return img, -1 if self.images.labels is None else int(self.images.labels[i]), index, bad
+        label = -1 if self.images.labels is None else int(self.images.labels[i])
+        crop = lambda k: self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
+        return [(crop(k), label, index, bad if n == 0 else []) for n, k in enumerate(keys)]
 
 # %% ../nbs/13_data.ipynb #ba0da7a1
 def printable(
@@ -420,9 +476,10 @@ def record_bad(
 def collate(
     items:list,  # of `Samples`
 ) -> tuple:      # images (b, c, h, w) uint8, sample index (b,), labels (b,), bad files
-    "Samples as a batch."
+    "Samples as a batch, whose channels lie together in memory as in a file; a worker's is put where the other process sees it."
     imgs, labels, index, bad = zip(*items)
-    return torch.stack(imgs), torch.tensor(index), torch.tensor(labels), sum(bad, [])
+    imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
+    return imgs, torch.tensor(index), torch.tensor(labels), sum(bad, [])
 
 # %% ../nbs/13_data.ipynb #723299dd
 class KeyedBatches:
@@ -496,7 +553,7 @@ def get_dls(
     recipe,                            # a recipe: batch size, crop and flip
     *,
     img_size:int|tuple[int, int],      # side or (rows, columns) of a sample in pixels
-    bs:int|None=None,                  # samples in a batch; the recipe's if None
+    bs:int|None=None,                  # images in a batch; the recipe's if None
     seed:int=0,                        # the run's seed
     num_workers:int|None=None,         # processes that read and crop; by the source if None: 0 from memory, else one a core, at most 8
     device=None,                       # where batches go; the GPU if there is one
@@ -507,8 +564,8 @@ def get_dls(
     if num_workers is None: num_workers = 0 if in_memory else min(os.cpu_count() or 1, 8)
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     size, bs, pin = to_pair(img_size), recipe.batch_size if bs is None else bs, torch.device(device).type == 'cuda'
-    crop = partial(train_transform, crop_scale=recipe.crop_scale, flip=recipe.flip)   # can be pickled for a loader's worker
-    loaders = [Loader(Samples(train, size, seed, crop), bs, True, num_workers, pin)]
+    samples = Samples(train, size, seed, Crop(recipe.crop_scale, recipe.flip), getattr(recipe, 'repeats', 1))
+    loaders = [Loader(samples, bs, True, num_workers, pin)]
     if valid is not None: loaders.append(Loader(Samples(valid, size, seed), bs, False, num_workers, pin))
     dls = DataLoaders(*loaders, device=torch.device(device))
     dls.n_inp = 1

@@ -31,10 +31,13 @@ class MaskNoise(Callback):
     def __init__(self,
         seed:int,          # the run's seed
         mask_ratio:float,  # share of patches removed, in (0, 1)
-    ): self.seed, self.mask_ratio = seed, mask_ratio
+        repeats:int=1,     # training samples of each image, which follow one another in the batch
+    ): self.seed, self.mask_ratio, self.repeats = seed, mask_ratio, repeats
 
     def before_batch(self):
-        k = key(self.seed, self.epoch if self.training else 0, self.yb[0], 'mask')
+        index = self.yb[0]
+        epoch, repeats = (self.epoch, self.repeats) if self.training else (0, 1)
+        k = key(self.seed, epoch, index, 'mask', torch.arange(len(index), device=index.device) % repeats)
         self.learn.xb = (self.xb[0], self.mask_ratio, uniform(k, self.model.num_patches))
 
     def after_pred(self): self.learn.pred = tuple(self.pred)   # fastai cannot carry named tuples
@@ -96,4 +99,4 @@ def pretrain_learner(
         patches = fit_target(model, dls.train.dataset.images, seed)
         if rank() == 0: print(f'target {model.target.name!r} fitted on {patches:,} patches of {dls.train.dataset.images.name}', flush=True)
     return TaskLearner(dls, model, recipe, partial(pretrain_groups, weight_decay=recipe.weight_decay), loss_of,
-                       out=out, max_steps=max_steps, cbs=[MaskNoise(seed, recipe.mask_ratio), *cbs], **kwargs)
+                       out=out, max_steps=max_steps, cbs=[MaskNoise(seed, recipe.mask_ratio, recipe.repeats), *cbs], **kwargs)

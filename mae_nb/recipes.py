@@ -30,7 +30,7 @@ def check_recipe(r):
     share, whole, rate = ('from 0 to 1', lambda v: 0 <= v <= 1), ('at least 1', lambda v: v >= 1), ('0 or more', lambda v: v >= 0)
     below = ('from 0 to below 1', lambda v: 0 <= v < 1)
     rules = dict(
-        epochs=whole, batch_size=whole, accumulate=whole, k=whole, queries=whole, warmup_epochs=rate, min_lr=rate, weight_decay=rate,
+        epochs=whole, batch_size=whole, accumulate=whole, k=whole, queries=whole, repeats=whole, warmup_epochs=rate, min_lr=rate, weight_decay=rate,
         clip=rate, mixup=rate, cutmix=rate, erase=share, ema=below, momentum=below, drop_path=below, label_smoothing=below,
         base_lr=('above 0', lambda v: v > 0), temperature=('above 0', lambda v: v > 0),
         mask_ratio=('between 0 and 1', lambda v: 0 < v < 1), layer_decay=('above 0 and at most 1', lambda v: 0 < v <= 1),
@@ -79,6 +79,7 @@ class PretrainRecipe:
     accumulate: int = 1            # batches for one optimizer step; the official code's --accum_iter
     clip: float = 0.               # largest norm of the gradient; 0 = none (Table 8 has none)
     augment: str = 'random'        # Table 1e: none, fixed (crop), random (crop, by crop_scale), jitter (random and colours)
+    repeats: int = 1               # crops of each image that is read, in the same batch; they don't count in batch_size and rate
 
     def __post_init__(self): check_recipe(self)
 

@@ -218,18 +218,27 @@ def read_index(
     folder:str|Path,  # a packed folder, or its address in an object store
 ) -> dict:            # the list of shards, `plan`, `complete`, `labels`
     "A packed folder's list of shards."
-    text = _remote(f'{folder}/{INDEX}').read() if '://' in str(folder) else (Path(folder)/INDEX).read_bytes()
+    text = _remote(f'{folder}/{INDEX}') if '://' in str(folder) else (Path(folder)/INDEX).read_bytes()
     try: index = json.loads(text)
     except ValueError as e: raise ValueError(f'{folder}/{INDEX} cannot be read: {e}') from e
     if index['plan']['version'] != 1: raise ValueError(f'{folder} was packed by a later version of mae_nb: update this one')
     return index
 
-def _remote(address:str):
-    "A file in an object store, opened."
-    _arrow()
-    from pyarrow.fs import FileSystem
-    fs, path = FileSystem.from_uri(address)
-    return fs.open_input_stream(path)
+def _store(address:str) -> tuple:
+    "The file system that has an address, and the path there: one of pyarrow's own, or else of fsspec's."
+    pa = _arrow()
+    from fsspec.core import url_to_fs
+    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+    try: return FileSystem.from_uri(address)
+    except pa.ArrowInvalid as e:
+        if 'Unrecognized filesystem type' not in str(e): raise
+    fs, path = url_to_fs(address)
+    return PyFileSystem(FSSpecHandler(fs)), path
+
+def _remote(address:str) -> bytes:
+    "What a file in an object store holds."
+    fs, path = _store(address)
+    with fs.open_input_stream(path) as f: return f.read()
 
 def check_shards(
     folder:str|Path,  # packed
@@ -330,12 +339,12 @@ def fetch_shard(
 ) -> Path:
     "A shard of an object store in the local cache, copied and checked if it is not there yet."
     from filelock import FileLock
-    from pyarrow.fs import FileSystem, copy_files
+    from pyarrow.fs import copy_files
     if (cache/file).is_file(): return cache/file
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache/f'{file}.lock'):
         if not (cache/file).is_file():
-            fs, path = FileSystem.from_uri(f'{uri}/{file}')
+            fs, path = _store(f'{uri}/{file}')
             with atomically(cache/file) as part:
                 copy_files(path, str(part), source_filesystem=fs)
                 if sha256(part) != row['sha256']: raise ValueError(f'{uri}/{file} is not what was packed: put it there again')

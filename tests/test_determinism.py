@@ -1,6 +1,7 @@
 """A run is a function of its config and seed."""
 import pytest
 
+NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'warmup_epochs=0'
 
 def weights(forked, tmp_path, data, workers, seed, *more):
     out = tmp_path/f'{workers}-{seed}'
@@ -8,7 +9,7 @@ def weights(forked, tmp_path, data, workers, seed, *more):
     assert got.code == 0, got.err
     return (out/'model.safetensors').read_bytes(), (out/'metrics.csv').read_text()
 
-@pytest.mark.parametrize('data, more', [('fashion', ()), ('photos', ('--model', 'mae_vit_nano_patch4_32', '--set', 'warmup_epochs=0'))])
+@pytest.mark.parametrize('data, more', [('fashion', ()), ('photos', NANO), ('photos', (*NANO, '--set', 'repeats=2'))])
 def test_the_number_of_workers_changes_nothing(forked, tmp_path, photos, data, more):
     "The same seed gives the same model.safetensors, byte for byte, with 0, 1 and 3 loader workers."
     a, b, c = (weights(forked, tmp_path, data, n, 3, *more) for n in (0, 1, 3))

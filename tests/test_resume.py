@@ -46,7 +46,7 @@ def sets():
 TINY = dict(in_chans=1, dim=32, depth=2, num_heads=2)
 RUN = dict(epochs=3, warmup_epochs=1, batch_size=40, accumulate=4)   # 22 batches an epoch, of which the last two make a smaller step
 
-OPTIONS = {'pretrain': dict(RUN, clip=1.), 'finetune': dict(RUN, ema=.9, mixup=.8, cutmix=1., drop_path=.1, erase=.25), 'plain finetune': dict(RUN, ema=.9, drop_path=.1),
+OPTIONS = {'pretrain': dict(RUN, clip=1.), 'repeated pretrain': dict(RUN, repeats=2, crop_scale=(.3, 1.)), 'finetune': dict(RUN, ema=.9, mixup=.8, cutmix=1., drop_path=.1, erase=.25), 'plain finetune': dict(RUN, ema=.9, drop_path=.1),
            'linear': dict(epochs=3, warmup_epochs=1, batch_size=20)}
 
 def learner(task, out, workers=0, parts=1, more=(), **kwargs):
@@ -56,7 +56,7 @@ def learner(task, out, workers=0, parts=1, more=(), **kwargs):
     r = change(RECIPES[f'{task.split()[-1]}_fashion'], OPTIONS[task] | dict(more))
     dls = get_dls(sets(), r, img_size=28, bs=loader_batch(r, parts), num_workers=workers)
     if 'finetune' in task: make, model = finetune_learner, seeded(0, create_classifier, 'mae_vit_nano_patch4_28', 10, drop_path=.1, **TINY)
-    else: make, model = dict(pretrain=pretrain_learner, linear=linear_probe_learner)[task], seeded(0, create_mae, 'mae_vit_nano_patch4_28', target='pixels', decoder_dim=32, **TINY)
+    else: make, model = dict(pretrain=pretrain_learner, linear=linear_probe_learner)[task.split()[-1]], seeded(0, create_mae, 'mae_vit_nano_patch4_28', target='pixels', decoder_dim=32, **TINY)
     return make(dls, model.to(torch.get_default_dtype()), r, **dict(save_every=2, out=out) | kwargs)
 
 def in_fork(func, log): assert exit_code(fork(func, log)) == 0, log.read_text()
@@ -179,8 +179,8 @@ def half_a_row(n):
     return moment
 
 def kill_main(): os.kill(os.getppid(), signal.SIGKILL)
-worker_kills = call(Samples, '__getitem__', 150, do=kill_main)   # counted in each worker
-worker_dies = call(Samples, '__getitem__', 150)
+worker_kills = call(Samples, 'visit', 150, do=kill_main)   # counted in each worker
+worker_dies = call(Samples, 'visit', 150)
 
 MOMENTS = {
     'before a batch': event('before_batch', 30, -99), 'before the forward pass': event('before_batch', 9), 'after the forward pass': event('after_pred', 14),
@@ -195,7 +195,7 @@ MOMENTS = {
     'after validation': event('after_validate', 1), 'epoch ends, row not written': event('after_epoch', 1, 54), 'epoch ends, row written': event('after_epoch', 2, 57),
     'in a row': half_a_row(3), 'between rows': call(RunWriter, 'row', 5, True),
     'in after_fit, nothing written': event('after_fit', 1, 50), 'in after_fit, weights written': event('after_fit', 1, 57), 'after the end': event('after_fit', 1),
-    'in the loader': call(Samples, '__getitem__', 300), 'before fit': event('before_fit', 1, -99), 'ready to begin': event('before_fit', 1),
+    'in the loader': call(Samples, 'visit', 300), 'before fit': event('before_fit', 1, -99), 'ready to begin': event('before_fit', 1),
 }
 assert len(MOMENTS) >= 30
 
@@ -204,7 +204,8 @@ assert len(MOMENTS) >= 30
     ('finetune', [(worker_kills, 2)], 0),
     ('pretrain', [(MOMENTS['in a save'], 0), (MOMENTS['epoch ends, row written'], 0)], 0),
     ('linear', [(MOMENTS['in a row'], 0)], 2),
-], ids=['step', 'loader', 'save and epoch', 'row'])
+    ('repeated pretrain', [(MOMENTS['after the gradient'], 0)], 2),
+], ids=['step', 'loader', 'save and epoch', 'row', 'repeats'])
 def test_a_killed_run_goes_on(task, lives, after, straight, tmp_path): killed_and_resumed(task, lives, straight, tmp_path, after)
 
 
@@ -679,7 +680,7 @@ def test_two_processes_go_on(straight_parallel, tmp_path): lives_in_parallel('pr
 def test_two_processes_killed(task, kills, straight_parallel, tmp_path): lives_in_parallel(task, [(2, kills), (2, None)], straight_parallel, tmp_path, 2)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('task', ['pretrain', 'plain finetune'])
+@pytest.mark.parametrize('task', ['pretrain', 'repeated pretrain', 'plain finetune'])
 def test_from_two_processes_to_one_and_back(task, straight_parallel, tmp_path):
     lives_in_parallel(task, [(2, one), (1, {0: event('before_batch', 5)}), (2, None)], straight_parallel, tmp_path, 1)
 

@@ -2,26 +2,31 @@
 import io
 import json
 import os
+import re
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from conftest import begin_command
 from fastai.callback.core import Callback
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
+from mae_nb import cli
 from mae_nb.data import Loader, Samples, collate, folder_sets, get_dls, load_source, read_image, train_transform
 from mae_nb.engine import make_run
 from mae_nb.interop import load_mae
 from mae_nb.mae import create_mae
 from mae_nb.pretrain import pretrain_learner
 from mae_nb.recipes import RECIPES, change
-from mae_nb.shards import DEVKIT, INDEX, TRAIN_TAR, VAL_TAR, Files, Part, check_shards, open_pack, pack, read_index
+from mae_nb.shards import DEVKIT, TRAIN_TAR, VAL_TAR, Files, Part, check_shards, open_pack, pack, read_index
 
 pa = pytest.importorskip('pyarrow')
 RECIPE = change(RECIPES['pretrain'], dict(batch_size=16))
@@ -66,23 +71,26 @@ def test_workers_however_they_start(photos, tmp_path, how):
     assert same([b[:3] for b in here], [b[:3] for b in there])
 
 def test_a_cut_at_ten_random_moments_changes_nothing(photos, tmp_path):
-    def slow(raw): time.sleep(.002); return read_image(raw)
-    options = dict(read=slow, per_shard=8, max_side=30)
-    pack(parts(photos), tmp_path/'whole', **options)
+    def begin(out, workers=0, seconds=None):
+        "Pack slowly; after so many seconds from the first picture on the process is killed."
+        def prepare():
+            main, begun = os.getpid(), []
+            def slow(raw):
+                if seconds and not begun: begun.append(threading.Timer(seconds, os.kill, (main, signal.SIGKILL))); begun[0].start()
+                time.sleep(.003); return read_image(raw)
+            cli.read_image = slow
+        return begin_command(tmp_path, 'mae-pack', 'photos', out, '--per-shard', 8, '--max-side', 30, '--num-workers', workers, before=prepare)[1]()
+    assert begin('whole').code == 0
     rng, done = np.random.default_rng(0), []
     for cut in range(10):
-        if (pid := os.fork()) == 0:
-            os.close(2)   # workers that lose their process complain
-            try: pack(parts(photos), tmp_path/'cut', num_workers=2 if cut % 5 == 4 else 0, **options)
-            finally: os._exit(0)
-        time.sleep(rng.uniform(.02, .12)); os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        if (tmp_path/'cut'/INDEX).is_file():
-            index = read_index(tmp_path/'cut')
-            done.append(len(index['shards'])); assert all((tmp_path/'cut'/f).stat().st_size == row['bytes'] for f, row in index['shards'].items())
-            if not index['complete']:
-                with pytest.raises(ValueError, match='is not finished: run the same mae-pack again'): open_pack(tmp_path/'cut')
+        assert begin('cut', 2 if cut % 5 == 4 else 0, rng.uniform(.01, .15)).code in (-signal.SIGKILL, 0)   # 0: it was quicker
+        index = read_index(tmp_path/'cut')
+        done.append(len(index['shards'])); assert all((tmp_path/'cut'/f).stat().st_size == row['bytes'] for f, row in index['shards'].items())
+        if not index['complete']:
+            with pytest.raises(ValueError, match='is not finished: run the same mae-pack again'): open_pack(tmp_path/'cut')
+    print(f'shards after each cut: {done} of 15')
     assert done == sorted(done) and done[0] < 15   # every start goes on where the last one ended
-    pack(parts(photos), tmp_path/'cut', **options)
+    assert begin('cut').code == 0
     assert contents(tmp_path/'cut') == contents(tmp_path/'whole')
 
 def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_named(forked, photos, tmp_path):
@@ -199,17 +207,35 @@ def test_a_split_of_a_packed_set_reads_nothing(photos, tmp_path):
     some = images.take([7, 119, 0])
     assert images.items.opened == {} and torch.equal(some.read(1), images.read(119)) and some.labels.tolist() == [0, 1, 0]
 
-def test_an_object_store_s_shards_are_cached_and_checked(photos, tmp_path):
-    "The local file system stands in for a bucket; only the address differs."
+@pytest.fixture(params=['file', 'memory'])
+def bucket(request, photos, tmp_path):
+    "A packed folder, and its address as pyarrow knows it or as fsspec does; the folder's files are the store's."
     pack(parts(photos), tmp_path/'bucket', read=read_image, per_shard=50)
-    uri, cache = f'file://{tmp_path}/bucket', tmp_path/'cache'
+    if request.param == 'file': yield f'file://{tmp_path}/bucket', lambda name, data: (tmp_path/'bucket'/name).write_bytes(data); return
+    store = fsspec.filesystem('memory')
+    store.put(str(tmp_path/'bucket'), '/bucket', recursive=True)
+    yield 'memory://bucket', lambda name, data: store.pipe(f'/bucket/{name}', data)
+    store.rm('/bucket', recursive=True)
+
+def test_an_object_store_s_shards_are_cached_and_checked(bucket, tmp_path):
+    (uri, write), cache, here = bucket, tmp_path/'cache', open_pack(tmp_path/'bucket')['train'].items
     items = open_pack(uri, cache)['train'].items
-    raw = items[60]
-    assert raw == open_pack(tmp_path/'bucket')['train'].items[60] and [f.name for f in cache.rglob('*.arrow')] == ['train-00001.arrow']
-    shard = tmp_path/'bucket'/'train-00000.arrow'
-    good = shard.read_bytes(); shard.write_bytes(good[:-1] + b'?')
+    first, raw = here[0], here[60]
+    assert items[60] == raw and [f.name for f in cache.rglob('*.arrow')] == ['train-00001.arrow']
+    good = (tmp_path/'bucket'/'train-00000.arrow').read_bytes(); write('train-00000.arrow', good[:-1] + b'?')
     with pytest.raises(ValueError, match='train-00000.arrow is not what was packed'): items[0]
-    shard.unlink(); assert items[60] == raw
+    write('train-00000.arrow', good); write('train-00001.arrow', b'')
+    assert (items[0], items[60]) == (first, raw)   # the second is in the cache
+
+def test_training_from_an_object_store_is_training_from_the_folder(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv('MAE_NB_DOWNLOADS', str(tmp_path/'downloads'))
+    assert same(batches(bucket[0], 2, 1), batches(tmp_path/'bucket', 0, 1))
+    assert len(list((tmp_path/'downloads').rglob('*.arrow'))) == 3
+
+def test_an_address_that_nobody_knows_is_told(forked):
+    for address, said in (('bucket://x/y', 'bucket'), ('memory://not/there', 'not/there')):
+        got = forked('mae-pretrain', address)
+        assert got.code == 2 and said in got.line, got
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='tells its memory only on Linux')
 def test_memory_stays_flat(photos, tmp_path):
@@ -221,6 +247,19 @@ def test_memory_stays_flat(photos, tmp_path):
     for _ in range(50):
         for i in range(120): items[i]
     assert rss() - before < 5   # MiB, of 35 MB read
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='tells its memory only on Linux')
+def test_memory_stays_flat_over_20_000_photographs_and_two_workers(shared_data, tmp_path):
+    with tarfile.open(shared_data/'imagenet_sample.tar') as tar: tar.extractall(tmp_path, filter='data')
+    pack(parts(tmp_path/'imagenet_sample'/'train'), tmp_path/'small', read=read_image, max_side=320)
+    copies = Part(open_pack(tmp_path/'small')['train'].items[np.arange(20_000) % 500])
+    pack(dict(train=copies), tmp_path/'many', read=lambda raw: torch.zeros(3, 1, 1))
+    dl = get_dls(tmp_path/'many', change(RECIPES['pretrain'], dict(batch_size=50)), img_size=224, num_workers=2, device='cpu').train
+    def mib(): return sum(int(re.search(r'^Pss: +(\d+)', Path(f'/proc/{p}/smaps_rollup').read_text(), re.M)[1]) for p in ('self', *(w.pid for w in dl.dl._iterator._workers))) / 1024
+    found = [mib() for n, _ in enumerate(dl) if n % 40 == 39]
+    print(f'MiB of three processes after every 2,000 photographs: {[round(x) for x in found]}')
+    assert len(found) == 10 and max(found[1:]) - found[0] < 25
 
 def test_a_packed_set_is_checked_like_its_folder(forked, photos, tmp_path):
     pack(parts(photos), tmp_path/'packed', read=read_image, per_shard=50)
@@ -243,3 +282,26 @@ def test_a_bad_step_on_packed_data_names_its_pictures(photos, tmp_path):
     with pytest.raises(FloatingPointError, match='10 steps in a row'): pretrain_learner(dls, model, recipe, out=make_run(tmp_path/'run', {}), cbs=[Poison()]).fit(1)
     step = json.loads(next((tmp_path/'run'/'bad_steps').glob('*/step.json')).read_text())
     assert len(step['files']) == 10 and all('.png in ' in f for f in step['files'])
+
+@pytest.mark.parametrize('how', ['folder', 'packed'])
+def test_labels_and_sizes_that_cannot_work_are_told(forked, tmp_path, how):
+    "Of a folder or packed: the same line either way, by the first command that meets it."
+    rng = np.random.default_rng(0)
+    def make(name, *where):
+        for place in where:
+            for i in range(3):
+                (tmp_path/name/place).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path/name/place/f'{i}.png')
+    make('flat', 'train'); make('one', 'train/cat'); make('more', 'train/cat', 'train/dog', 'val/owl'); make('two', 'train/cat', 'train/dog', 'val/dog')
+    words = '--model', 'mae_vit_nano_patch4_32', '--max-steps', '1', '--set', 'amp=False', '--num-workers', '0'
+    def told(command, name, *more):
+        if how == 'packed':
+            got = forked('mae-pack', name, f'{name}-packed', '--num-workers', '0')
+            if got.code: return got
+        return forked(command, name if how == 'folder' else f'{name}-packed', *words, *more, '--out', f'run-{command}-{name}')
+    for name, bs, line in (('flat', 2, 'has no labels'), ('one', 2, "has one class only, 'cat'"), ('more', 2, 'holds classes that the training set lacks: owl'), ('two', 8, 'use --bs 6 or less')):
+        got = told('mae-finetune', name, '--from-scratch', '--bs', bs)
+        assert got.code == 2 and line in got.line, got
+    for name in ('flat', 'one'): assert told('mae-pretrain', name, '--bs', 2).code == 0   # needs no labels
+    got = told('mae-finetune', 'two', '--from-scratch', '--bs', 2)                          # three in val: the last batch has one
+    assert got.code == 0, got

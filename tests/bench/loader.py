@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import platform
+import re
 import tarfile
 import tempfile
 import time
@@ -21,11 +22,13 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import center_crop
 
-from mae_nb.data import ImageSet, eval_transform, folder_sets, get_dls, load_source, read_image
-from mae_nb.recipes import RECIPES
+from mae_nb.data import ImageSet, folder_sets, get_dls, load_source, read_image, resized
+from mae_nb.recipes import RECIPES, change
 from mae_nb.shards import Files, Part, pack
 
 SIDE, QUALITY = 320, 90
@@ -43,45 +46,37 @@ def theirs(folder, bs):
     crop = [v2.RandomResizedCrop(224, (.2, 1.), interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     return DataLoader(torchvision.datasets.ImageFolder(folder/'train', v2.Compose(crop)), bs, shuffle=True, drop_last=True)
 
-def ours(source, bs, workers=0): return get_dls(source, RECIPES['pretrain'], img_size=224, bs=bs, num_workers=workers, device='cpu').train
+def ours(source, bs, workers=0, repeats=1):
+    return get_dls(source, change(RECIPES['pretrain'], dict(repeats=repeats)), img_size=224, bs=bs, num_workers=workers, device='cpu').train
 
-def decoder():
-    "libjpeg-turbo by the shortest way that is installed, and its name."
-    try:
-        from simplejpeg import decode_jpeg
-    except ImportError: return 'torchvision.io', lambda raw: torchvision.io.decode_jpeg(torch.frombuffer(bytearray(raw), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB)
-    return 'simplejpeg', partial(decode_jpeg, colorspace='RGB')
-
-def decode_rate(raws, decode):
-    "Pictures a second of decoding alone, from memory."
+def decode_rate(raws):
+    "Pictures a second of libjpeg-turbo alone, from memory."
     start = time.process_time()
-    for raw in raws: decode(raw)
+    for raw in raws: decode_jpeg(raw, 'RGB')
     return len(raws) / (time.process_time() - start)
 
-def decodable(raws, decode):
-    "Those that the decoder takes: libjpeg-turbo does not turn CMYK into RGB."
-    def ok(raw):
-        try: decode(raw); return True
-        except (ValueError, RuntimeError): return False
-    return [r for r in raws if ok(r)]
+def decodable(raws):
+    "Those that libjpeg-turbo turns into RGB, which are not those in CMYK."
+    return [r for r in raws if decode_jpeg_header(r)[2] not in ('CMYK', 'YCCK')]
 
 def psnr(a, b): return float(10 * np.log10(255**2 / np.mean((np.asarray(a, float) - np.asarray(b, float))**2)))
 
 def quality(plain, small):
-    "PSNR in dB, median over the pictures: of the JPEG against the same pixels before, and of the middle crop of 224 against the original file's."
+    "PSNR in dB, median over the pictures: of the JPEG against the same pixels before, and of the middle 224 of 256 against the original file's."
     jpeg, crop = [], []
     for a, b in zip(plain.items, small.items):
         if a == b: continue
         was, now = (read_image(io.BytesIO(x)) for x in (a, b))
         im = Image.fromarray(was.permute(1, 2, 0).numpy()); im.thumbnail((SIDE, SIDE), Image.LANCZOS)
-        jpeg.append(psnr(im, now.permute(1, 2, 0))); crop.append(psnr(eval_transform(was, (224, 224)), eval_transform(now, (224, 224))))
+        size = [round(n * 256 / min(was.shape[1:])) for n in was.shape[1:]]   # the same for both: a rounded side would move the crop
+        jpeg.append(psnr(im, now.permute(1, 2, 0))); crop.append(psnr(*(center_crop(resized(x, size), 224) for x in (was, now))))
     return dict(pictures=len(jpeg), jpeg=median(jpeg), crop=median(crop), crop_worst=min(crop))
 
 def memory(dl):
-    "MiB resident in this process and its workers after every 2,000 pictures."
+    "MiB of this process and its workers, shared pages counted once, after every 2,000 pictures."
     def now():
         pids = ['self', *(w.pid for w in dl.dl._iterator._workers)]
-        return sum(int(next(x for x in Path(f'/proc/{p}/status').read_text().splitlines() if x.startswith('VmRSS')).split()[1]) for p in pids) / 1024
+        return sum(int(re.search(r'^Pss: +(\d+)', Path(f'/proc/{p}/smaps_rollup').read_text(), re.M)[1]) for p in pids) / 1024
     got, n = [], 0
     for x, *_ in dl:
         if (n + len(x)) // 2000 > n // 2000: got.append(round(now()))
@@ -98,11 +93,11 @@ def main(sample, rounds, bs, file):
         part = Part(Files(s.items, folder), s.labels, s.classes)
         for out, side in (('packed', None), ('small', SIDE)): pack({'train': part}, d/out, read=read_image, max_side=side, quality=QUALITY)
         (plain, _), (small, _) = load_source(d/'packed'), load_source(d/'small')
-        name, decode = decoder()
-        raws = {k: decodable([*x.items], decode) for k, x in (('packed', plain), ('small', small))}
+        raws = {k: decodable([*x.items]) for k, x in (('packed', plain), ('small', small))}
         sources = {'ours, the same files': folder, 'ours, packed, original bytes': d/'packed', f'ours, packed, {SIDE} pixels, quality {QUALITY}': d/'small'}
         turns = {'ImageFolder + PIL': lambda: rate(theirs(folder, bs))} | {k: partial(lambda x: rate(ours(x, bs)), v) for k, v in sources.items()}
-        turns |= {f'decoding alone ({name})': lambda: decode_rate(raws['packed'], decode), f'decoding alone, {SIDE} pixels': lambda: decode_rate(raws['small'], decode)}
+        turns |= {'ours, the same files, 4 crops of each': lambda: rate(ours(folder, bs, repeats=4))}
+        turns |= {'decoding alone': lambda: decode_rate(raws['packed']), f'decoding alone, {SIDE} pixels': lambda: decode_rate(raws['small'])}
         got = {k: [] for k in turns}
         for _ in range(rounds):
             for k, turn in turns.items(): got[k].append(turn())
@@ -110,7 +105,7 @@ def main(sample, rounds, bs, file):
         told = dict(machine=f'{platform.machine()}, 1 thread', torch=torch.__version__, torchvision=torchvision.__version__, pictures=len(s), rounds=rounds)
         print(f'{len(s)} pictures, {told["machine"]}, torch {told["torch"]}, median of {rounds} turns\n\n| | pictures a CPU second | times ImageFolder |\n|---|---|---|')
         for k, v in rates.items(): print(f'| {k} | {v:,.0f} | {v / rates["ImageFolder + PIL"]:.2f} |')
-        share = {k: rates[k] / rates[f'decoding alone{", " + str(SIDE) + " pixels" if x == d/"small" else f" ({name})"}'] for k, x in sources.items()}
+        share = {k: rates[k] / rates[f'decoding alone, {SIDE} pixels' if x == d/'small' else 'decoding alone'] for k, x in sources.items()}
         print('\nshare of decoding alone: ' + ', '.join(f'{k} {v:.0%}' for k, v in share.items()))
         sizes = {k: sum(map(len, x.items)) / len(x) / 1000 for k, x in (('original', plain), ('re-encoded', small))}
         loss = quality(plain, small)
