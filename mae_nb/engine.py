@@ -66,7 +66,7 @@ class DeviceLoss(DeviceMean):
         finite:bool=False,  # leave out batches whose loss is not a number
     ): super().__init__(None, 'loss'); self.finite = finite
 
-    def accumulate(self, learn): self.add(learn.loss, len(learn.yb[0]))
+    def accumulate(self, learn): self.add(learn.loss, len(learn.yb[0]) * processes())   # all are counted, since a run may go on with more or fewer processes
     def add(self, mean, n):
         if self.finite: fine = mean.isfinite(); mean, n = torch.where(fine, mean, 0.), fine * n
         super().add(mean, n)
