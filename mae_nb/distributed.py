@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'processes', 'rank', 'together', 'agreed', 'gathered', 'summed', 'Parallel', 'shard', 'unite', 'divide',
-           'Sharded']
+           'Sharded', 'TrainingJob', 'submit']
 
 # %% ../nbs/19_distributed.ipynb #d1900005
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -36,6 +37,7 @@ def rank() -> int:
 def together() -> Iterator[None]:
     "Join the processes that torchrun has started, and leave with them at the end; alone, do nothing."
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or processes() > 1: yield; return
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))   # torchrun's default; a process forked from a notebook would wait for threads that it has not
     if gpus := torch.cuda.device_count():
         if (local := int(os.environ['LOCAL_RANK'])) >= gpus: raise ValueError(f'this machine has {gpus} GPUs and no one for process {local}: start torchrun with --nproc-per-node {gpus}')
         torch.cuda.set_device(local)
@@ -159,3 +161,38 @@ class Sharded(Parallel):
         for m in self.models: unite(m)   # what comes now may be called in one process alone
 
 PARALLEL = dict(ddp=Parallel, fsdp=Sharded)
+
+# %% ../nbs/19_distributed.ipynb #d1900062
+class TrainingJob:
+    "A training command, as submitit runs it in each process of a job."
+    def __init__(self,
+        words:list,  # the command and its flags; with `--resume auto`
+    ): self.words = [str(w) for w in words]
+
+    def __call__(self):
+        from submitit.helpers import CommandFunction, TorchDistributedEnvironment
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)   # each takes the GPU of its number, as under torchrun
+        return CommandFunction(self.words)()
+
+    def checkpoint(self):
+        "What goes back into the queue."
+        from submitit.helpers import DelayedSubmission
+        return DelayedSubmission(self)
+
+def submit(
+    words:list,         # a training command with `--out RUN --resume auto`
+    folder:str,         # for submitit's logs, on a disk that all machines share
+    *,
+    nodes:int=1,        # machines
+    per_node:int=8,     # processes on each, one a GPU
+    hours:float=24,     # after which the job goes back into the queue
+    cluster:str=None,   # 'slurm' or 'local'; slurm where there is one if None
+    **kwargs,           # of submitit's `update_parameters`: cpus_per_task, mem_gb, slurm_partition, ...
+):                      # submitit's `Job`
+    "Put a training command into Slurm's queue."
+    try: import submitit
+    except ImportError as e: raise ValueError('submitit is not installed: pip install "mae_nb[slurm]"') from e
+    if '--resume auto' not in ' '.join(map(str, words)): raise ValueError('a job that may go back into the queue needs --resume auto, or it begins anew')
+    executor = submitit.AutoExecutor(folder, cluster=cluster)
+    executor.update_parameters(**dict(name=Path(words[0]).name, nodes=nodes, tasks_per_node=per_node, gpus_per_node=per_node, timeout_min=round(hours * 60)) | kwargs)
+    return executor.submit(TrainingJob(words))

@@ -21,7 +21,7 @@ from mae_nb import cli
 from mae_nb.checkpoints import newest_checkpoint, whole_of
 from mae_nb.classifier import create_classifier, seeded
 from mae_nb.data import fashion, get_dls
-from mae_nb.distributed import PARALLEL, gathered, processes, rank, summed, together
+from mae_nb.distributed import PARALLEL, gathered, processes, rank, submit, summed, together
 from mae_nb.engine import make_run
 from mae_nb.finetune import finetune_learner
 from mae_nb.mae import create_mae
@@ -394,4 +394,45 @@ def test_two_machines_train_one_model(forked, photos, tmp_path, parallel):
     assert [m.returncode for m in machines] == [0, 0], said
     once(''.join(said), 'train_loss', '2 processes', 'peak memory')
     assert forked('mae-pretrain', 'photos', *NANO, '--out', 'one').code == 0
+    assert_same_metrics(tmp_path/'two', tmp_path/'one')
+
+# ---- from a notebook, and through Slurm's queue -------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_notebook_that_has_trained_starts_two_processes(tmp_path):
+    "accelerate's launcher forks a kernel whose threads have worked already."
+    pytest.importorskip('accelerate'); nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+    words = f"""
+import warnings; warnings.filterwarnings('ignore')
+import torch
+torch.set_num_threads(2)
+from accelerate import notebook_launcher
+from mae_nb.all import *
+def train(out):
+    with together():
+        images, test = fashion()
+        r = change(RECIPES['pretrain_fashion'], dict(epochs=2, warmup_epochs=1, batch_size=40))
+        dls = get_dls((images.take(range(220)), test.take(range(51))), r, img_size=28, bs=loader_batch(r, processes()), device='cpu')
+        model = seeded(0, create_mae, 'mae_vit_nano_patch4_28', in_chans=1, **mae_options(r))
+        pretrain_learner(dls, model, r, out=make_run(out, dict(processes=processes()))).fit_recipe()
+train('one')
+notebook_launcher(train, ('two',), num_processes=2, use_port='{free_port()}')"""
+    nbclient.NotebookClient(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(words)]), timeout=100, kernel_name='python3', resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    assert '"processes": 2' in (tmp_path/'two'/'config.json').read_text()
+    assert_same_metrics(tmp_path/'one', tmp_path/'two')
+
+@pytest.mark.slow
+def test_a_job_for_slurm(photos, forked, tmp_path, monkeypatch):
+    "submitit's local executor: two processes train, are preempted, come back, and go on."
+    pytest.importorskip('submitit')
+    monkeypatch.chdir(tmp_path)
+    words = [BIN/'mae-pretrain', 'photos', *NANO, '--epochs', '40', '--resume', 'auto']
+    job = submit([*words, '--out', 'two'], tmp_path/'slurm', per_node=2, cluster='local', gpus_per_node=0)
+    end = time.time() + 60
+    while not (tmp_path/'two'/'metrics.csv').exists() or len((tmp_path/'two'/'metrics.csv').read_text().splitlines()) < 4: assert time.time() < end and job.state == 'RUNNING', job.stderr(); time.sleep(.1)
+    for task in children(job._process.pid):   # Slurm signals each process of a job
+        for p in (task, *children(task)): os.kill(p, signal.SIGUSR2)
+    job.results()
+    assert 'goes on at epoch' in job.stdout() + job.task(0).stdout(), job.stderr()
+    assert forked(*map(str, ['mae-pretrain', *words[1:], '--out', 'one'])).code == 0
     assert_same_metrics(tmp_path/'two', tmp_path/'one')
