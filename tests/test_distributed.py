@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial, partialmethod
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from conftest import BIN, Said
 from fastai.callback.core import Callback
 from fastcore.script import _run_cli
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 
@@ -28,7 +31,7 @@ from mae_nb.mae import create_mae
 from mae_nb.pretrain import pretrain_learner
 from mae_nb.probes import linear_probe_learner, partial_learner
 from mae_nb.recipes import RECIPES, change, loader_batch
-from mae_nb.transformer import Block
+from mae_nb.speed import compile_model
 from mae_nb.visualize import read_metrics
 
 SMALL = dict(in_chans=1, dim=32, depth=2, num_heads=2)
@@ -155,7 +158,7 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
         torch.set_default_dtype(torch.float64)
         learner('finetune', make_run(out, {}, resume=True), cbs=[Leave(leave)], parallel=parallel, save_every=1).fit_recipe()
     for i, (n, parallel, leave) in enumerate([(4, 'fsdp', 8), (2, 'ddp', 22), (2, 'fsdp', 30), (1, 'ddp', None)]):
-        for r in spread(n, lambda: go_on(tmp_path/'run', leave, parallel), tmp_path/f'{i}'):
+        for r in spread(n, partial(go_on, tmp_path/'run', leave, parallel), tmp_path/f'{i}'):
             assert r.code == (leave is not None) and ('enough for now' in r.said) == (leave is not None), r.said
     results(spread(1, lambda: go_on(tmp_path/'once', None, 'ddp'), tmp_path/'say'))
     (_, run, config), (_, once, same) = (newest_checkpoint(tmp_path/f/'checkpoints') for f in ('run', 'once'))
@@ -171,16 +174,17 @@ def test_what_a_cut_model_leaves(tmp_path):
         torch.set_default_dtype(torch.float64)
         learn = learner('finetune', make_run(tmp_path/'run', {}), steps=4, parallel='fsdp')
         learn.fit_recipe()
-        images = torch.rand(2, 1, 28, 28)
+        images, file = torch.rand(2, 1, 28, 28), load_file(tmp_path/'run'/'model.safetensors') if rank() == 0 else None
         with torch.no_grad(): one = learn.model.eval()(images) if rank() == 0 else None
         average = {k: whole_of(v) for k, v in learn.weight_ema.average.module.state_dict().items()}
         weights = {k: whole_of(v).clone() for k, v in learn.model.state_dict().items()}
         learn.fit(1, lr=1e-3)
-        return SimpleNamespace(images=images, one=one, average=average, weights=weights, moved={k: whole_of(v) for k, v in learn.model.state_dict().items()})
+        return SimpleNamespace(images=images, file=file, one=one, average=average, weights=weights, moved={k: whole_of(v) for k, v in learn.model.state_dict().items()})
     first, second = results(spread(2, train, tmp_path/'say'))
     model = seeded(0, create_classifier, NAME, 10, drop_path=.1, **SMALL).double().eval()
     model.load_state_dict(first.weights)
     with torch.no_grad(): torch.testing.assert_close(model(first.images), first.one)
+    assert first.file.keys() == first.average.keys() and all(torch.equal(v, first.average[k]) for k, v in first.file.items())
     assert all(torch.equal(v, second.moved[k]) for k, v in first.moved.items()) and not torch.equal(first.moved['head.weight'], first.weights['head.weight'])
 
 def spoil(learn, batches):
@@ -208,18 +212,25 @@ def test_a_bad_gradient_of_one_is_skipped_by_all(tmp_path, parallel):
     assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
     assert tensors['opt.encoder.cls_token.step'] == 3   # the second step of four was skipped, then came the two
 
-def compile_blocks(model):
-    for m in model.modules():
-        if isinstance(m, Block): m.compile(backend='aot_eager')
+def compiled(model, how):
+    "`compile_model` with a backend that needs no compiler."
+    with patch.object(nn.Module, 'compile', partialmethod(nn.Module.compile, backend='aot_eager')): compile_model(model, how)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('parallel', PARALLEL)
-@pytest.mark.parametrize('change_model', [compile_blocks, lambda m: m.compile(backend='aot_eager'), lambda m: m.encoder.requires_grad_(False)], ids=['compiled blocks', 'compiled', 'frozen'])
-def test_compiled_and_frozen_models(tmp_path, change_model, parallel):
-    make = lambda: trained('pretrain', change_model=change_model, parallel=parallel)
-    alone, = results(spread(1, make, tmp_path/'one'))
+@pytest.mark.parametrize('how', ['blocks', 'whole'])
+def test_compiled_models_train_as_eager_ones(alone, tmp_path, how, parallel):
+    for got in results(spread(2, lambda: trained('pretrain', change_model=lambda m: compiled(m, how), parallel=parallel), tmp_path)):
+        assert_near(alone['pretrain'], got)
+        assert got.reduces == 20
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel', PARALLEL)
+def test_a_frozen_encoder(tmp_path, parallel):
+    make = lambda: trained('pretrain', change_model=lambda m: m.encoder.requires_grad_(False), parallel=parallel)
+    once, = results(spread(1, make, tmp_path/'one'))
     for got in results(spread(2, make, tmp_path/'two')):
-        assert_near(alone, got)
+        assert_near(once, got)
         assert got.reduces == 20
 
 def test_a_batch_norm_sees_its_own_part_and_the_first_one_counts(tmp_path):
