@@ -125,7 +125,7 @@ def get_device(
     return found
 
 # %% ../nbs/26_cli.ipynb #2600b002
-FREE = ('num_workers', 'device', 'save_every', 'if_full', 'json', 'debug')   # flags that leave the run what it is
+FREE = ('num_workers', 'device', 'parallel', 'save_every', 'if_full', 'json', 'debug')   # flags that leave the run what it is
 
 def flags_of(
     func,         # the command's function
@@ -375,6 +375,7 @@ def mae_pretrain(
     seed:int=0,            # of weights, order, crops and masks
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
@@ -389,7 +390,7 @@ def run_pretrain(f:dict, place:dict, train:bool=True) -> TaskLearner:
     r = with_flags(RECIPES[pick(f['recipe'] or default_recipe(f['data']), RECIPES, 'recipe')], f['set'], f['epochs'], f['bs'])
     device, sets = get_device(f['device']), load_source(f['data'])
     out = place['out'] = Path(f['out'] or next_run('pretrain')) if train else None
-    learn = pretrain(sets, f['model'] or default_model(f['data']), r, out, img_size=f['img_size'], train=train, device=device, **common(f))
+    learn = pretrain(sets, f['model'] or default_model(f['data']), r, out, img_size=f['img_size'], train=train, device=device, parallel=f['parallel'], **common(f))
     if train and rank() == 0: save_reconstructions(learn.model, sets[1] or sets[0], out/'figures'/'reconstructions.png', seed=f['seed'])
     if train: finish(learn, out)
     return learn
@@ -417,6 +418,7 @@ def mae_finetune(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     json:str=None,         # also write the numbers to this file
+    parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
@@ -442,7 +444,7 @@ def run_finetune(f:dict, place:dict, train:bool=True) -> TaskLearner:
         net, report = seeded(f['seed'], classifier_from, start[0], classes, r.pool, r.drop_path)
         say(f'{weights}: {report}')
     out = place['out'] = Path(f['out'] or next_run(task)) if train else None
-    learn = finetune(sets, net, r, out, train=train, device=device, **common(f))
+    learn = finetune(sets, net, r, out, train=train, device=device, parallel=f['parallel'], **common(f))
     if not train: return learn
     found = {k: v for k, v in measures(learn).items() if k != 'learn'}
     write_json(dict(task=task, data=sets[0].name, weights=weights, seed=f['seed'], samples=len(sets[1])) | found, out/'results.json', f['json'])

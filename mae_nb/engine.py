@@ -32,9 +32,10 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .augment import augment_dls
-from .checkpoints import Checkpoints, StopSignals, save_checkpoint
-from .distributed import Parallel, agreed, processes, rank, summed
+from .checkpoints import Checkpoints, StopSignals, save_checkpoint, whole_of
+from .distributed import PARALLEL, agreed, processes, rank, summed
 from .interop import save_model
+from .mae import pick
 from .optim import Accumulate, Schedule, WeightEMA, adamw, optimizer_steps, skippable, warmup_cosine
 from .recipes import as_config, lr_of, switches_of
 from .settings import atomically
@@ -66,7 +67,7 @@ class DeviceLoss(DeviceMean):
         finite:bool=False,  # leave out batches whose loss is not a number
     ): super().__init__(None, 'loss'); self.finite = finite
 
-    def accumulate(self, learn): self.add(learn.loss, len(learn.yb[0]))
+    def accumulate(self, learn): self.add(learn.loss, len(learn.yb[0]) * processes())   # all are counted, since a run may go on with more or fewer processes
     def add(self, mean, n):
         if self.finite: fine = mean.isfinite(); mean, n = torch.where(fine, mean, 0.), fine * n
         super().add(mean, n)
@@ -190,7 +191,7 @@ class Guard(Callback):
         if self.norms and self.iter % self.learn.batches_per_step == 0: self.kept = [b.clone() for b in self.norms]
 
     def before_step(self):
-        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = whole_of(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         fine = norm.isfinite() & self.learn.loss.isfinite() & (self.streak < self.patience)   # after the last straw nothing moves
         if self.clip: clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         self.streak = torch.where(fine, 0., self.streak + 1)
@@ -233,7 +234,8 @@ class Guard(Callback):
         advice = 'lower the learning rate (base_lr), or train without bf16 (--set amp=False)'
         if self.out is None: raise FloatingPointError(f'{said}: {advice}')
         folder = self.out/'bad_steps'/f'epoch-{epoch}-batch-{first}'
-        if rank() == 0:
+        if rank(): self.learn.checkpoints.take_part()
+        else:
             (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
             step, tensors, config = self.learn.checkpoints.state()
             config['run'] |= dict(epoch=epoch, batches=first, step=config['run']['step'] - (last - first))
@@ -419,7 +421,7 @@ class RunWriter(Callback):
         return self.model if ema is None else ema.average.module
 
     def after_fit(self):
-        save_model(self.evaluated, self.out/'model.safetensors', self.learn.data_config)
+        save_model(self.evaluated, self.out/'model.safetensors', self.learn.data_config, getattr(self.learn, 'whole_state', None))
         fig = plot_metrics(read_metrics(self.out))
         with atomically(self.out/'figures'/'curves.png') as f: fig.savefig(f, dpi=120, format='png')
         plt.close(fig)
@@ -455,6 +457,7 @@ class TaskLearner(Learner):
         save_every:int=500,    # optimizer steps from one checkpoint to the next; each epoch's end has one anyway
         keep:int=3,            # newest checkpoints that stay
         if_full:str='stop',    # or 'continue': when the disk is full
+        parallel:str='ddp',    # a key of `PARALLEL`: what many processes do
         metrics:list=(),       # `DeviceMean`s
         opt_func:Callable|None=None,  # (groups, lr) -> optimizer; AdamW with the recipe's betas if None
         cbs:list=(),           # the task's own callbacks, and yours
@@ -481,11 +484,17 @@ class TaskLearner(Learner):
         if self.batches_per_step > 1: own.append(Accumulate(self.batches_per_step))
         if ema: own.append(WeightEMA(ema))
         if out is not None: own += [Checkpoints(out, save_every, keep, if_full, first), *[RunWriter(out)] * first]
-        if processes() > 1: own.append(Parallel(self.batches_per_step))
+        way = PARALLEL[pick(parallel, PARALLEL, 'way to train in many processes')]
+        if processes() > 1: own.append(way(self.batches_per_step))
+        elif parallel != 'ddp': print(f'note: parallel={parallel} has no effect in one process', flush=True)
         if max_steps: own.append(StopAt(max_steps, self.batches_per_step))
         super().__init__(dls, model, loss_func, lr=self.base_rate, splitter=groups, metrics=list(metrics),
                          opt_func=opt_func or (lambda g, lr: adamw(g, lr, recipe.betas)), cbs=[*own, *cbs], default_cbs=False,
                          path=out)
+
+    def create_opt(self):
+        if hasattr(self, 'sharded'): self.sharded.cut()   # before the optimizer, which must get the parts
+        super().create_opt()
 
     @property
     def steps_per_epoch(self): return -(-len(self.dls.train) // self.batches_per_step)

@@ -692,9 +692,10 @@ def save_model(
     model:nn.Module,  # with a `config`
     file:str|Path,    # a .safetensors file; written whole or not at all
     data:dict|None=None,  # what the model was trained on: `name`, `mean`, `std`, `classes`
+    state:dict|None=None, # its state dict, where many processes have put it together; the model's own if None
 ):
     "Write a model's weights, and what is needed to build it again."
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in (model.state_dict() if state is None else state).items()}
     with atomically(file) as part: save_file(state, part, metadata={'config': json.dumps(dict(model=model.config, data=data), sort_keys=True)})
 
 # %% ../nbs/17_interop.ipynb #0de37457

@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.optimizer import OptimWrapper
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../nbs/15_optim.ipynb #468941ae
@@ -139,8 +140,9 @@ class WeightEMA(Callback):
         decay:float,  # share that the average keeps in a step, in (0, 1)
     ): self.decay, self.average, self.trained = decay, None, None
 
-    def before_fit(self):
-        if self.average is None: self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+    def begin(self, model:nn.Module):
+        if self.average is None: self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+    def before_fit(self): self.begin(self.model)
 
     @torch.no_grad()
     def after_step(self):
@@ -149,7 +151,7 @@ class WeightEMA(Callback):
         for a, b in zip(self.average.module.buffers(), self.model.buffers(), strict=True): a.copy_(b)
 
     def run_tensors(self) -> dict: return self.average.module.state_dict()   # for a checkpoint
-    def load_run_tensors(self, tensors:dict): self.average.module.load_state_dict(tensors)
+    def load_run_tensors(self, tensors:dict): set_model_state_dict(self.average.module, tensors, options=StateDictOptions(full_state_dict=True))
 
     def before_validate(self):
         if self.average is not None: self.learn.model, self.trained = self.average.module, self.model
