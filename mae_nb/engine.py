@@ -34,6 +34,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from .augment import augment_dls
 from .checkpoints import Checkpoints, StopSignals, save_checkpoint, whole_of
 from .distributed import PARALLEL, agreed, processes, rank, summed
+from .encoder import Encoder
 from .interop import save_model
 from .mae import pick
 from .optim import Accumulate, Schedule, WeightEMA, adamw, optimizer_steps, skippable, warmup_cosine
@@ -478,7 +479,8 @@ class TaskLearner(Learner):
         own = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Guard(clip, out=out)]
         model = apply_switches(model.to(dls.device), **switches_of(recipe))
         dtype = DTYPES['bfloat16' if recipe.amp else 'float32']
-        if first: own += [Pace(step_flops(model), peak_flops(dls.device, dtype) * processes()), Progress()]
+        flops = step_flops(model) if isinstance(getattr(model, 'encoder', model), Encoder) else 0   # of a model of yours no operations are known
+        if first: own += [Pace(flops, peak_flops(dls.device, dtype) * processes()), Progress()]
         if recipe.amp: own.append(Autocast())
         if recipe.compile == 'graphs': own.append(Graphs())
         if self.batches_per_step > 1: own.append(Accumulate(self.batches_per_step))
