@@ -103,7 +103,7 @@ def plot_metrics(
     "Losses, and the other metrics beside them, over epochs."
     told = [k for k in metrics if any(v == v for v in metrics[k])]   # columns that hold a number at all
     losses = [k for k in told if k.endswith('loss')]
-    others = [k for k in told if k not in losses and k not in ('epoch', 'lr')]
+    others = [k for k in told if k not in losses and k not in ('epoch', 'lr') and (k != 'skipped' or any(metrics[k]))]   # skipped steps only where there are any
     fig, axs = plt.subplots(1, 1 + bool(others), figsize=(4.5 * (1 + bool(others)), 3), squeeze=False, layout='constrained')
     for ax, names, title in zip(axs[0], (losses, others), ('loss', 'metrics'), strict=False):
         for k in names: ax.plot(metrics['epoch'], metrics[k], marker='.', label=k)
