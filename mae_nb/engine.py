@@ -24,7 +24,7 @@ import fastai
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException, event
 from fastai.learner import Learner, Metric, Recorder, TrainEvalCallback
 from fastai.torch_core import to_device
 from fastprogress.fastprogress import IN_NOTEBOOK, format_time, progress_bar
@@ -91,7 +91,7 @@ class DeviceRecorder(Recorder):
         mets = [self.smooth_loss] if self.training else self._valid_mets
         for met in mets: met.accumulate(self.learn)
         if not self.training: return
-        self.lrs.append(self.opt.hypers[-1]['lr'])
+        self.lrs.append(self.opt.opt.param_groups[-1]['lr'])
         self.new.append(self.learn.loss.detach())
 
     def after_train(self):
@@ -185,6 +185,7 @@ class Guard(Callback):
         zero = torch.zeros((), dtype=torch.float64, device=self.dls.device)
         self.streak, self.skipped, self.mean, self.var, self.seen = (zero.clone() for _ in range(5))
         self.later, self.stop, self.told, self.stepped = Later(), 0, 0, False
+        self.weights = list(self.model.parameters())   # to collect them takes longer than to look through them
         self.norms = [b for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
         skippable(self.opt.opt)
 
@@ -192,9 +193,9 @@ class Guard(Callback):
         if self.norms and self.iter % self.learn.batches_per_step == 0: self.kept = [b.clone() for b in self.norms]
 
     def before_step(self):
-        norm = whole_of(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        norm = whole_of(get_total_norm([p.grad for p in self.weights if p.grad is not None]))
         fine = norm.isfinite() & self.learn.loss.isfinite() & (self.streak < self.patience)   # after the last straw nothing moves
-        if self.clip: clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+        if self.clip: clip_grads_with_norm_(self.weights, self.clip, norm)
         self.streak = torch.where(fine, 0., self.streak + 1)
         self.skipped = self.skipped + ~fine
         self.opt.opt.found_inf = (~fine).float()
@@ -204,13 +205,13 @@ class Guard(Callback):
     def after_batch(self):
         if not self.stepped: return
         self.stepped, loss = False, self.learn.loss.detach().double()
-        above = loss - self.mean
-        spike = (self.seen >= 100) & (above > self.spike * self.var.sqrt()) & loss.isfinite()
-        share = torch.where(loss.isfinite(), 1 / (self.seen + 1).clamp(max=100), 0.)
-        above = torch.where(loss.isfinite(), above, 0.)
+        fine = loss.isfinite()
+        above = torch.where(fine, loss - self.mean, 0.)
+        spike = (self.seen >= 100) & (above > self.spike * self.var.sqrt())
+        share = fine / (self.seen + 1).clamp(max=100)
         numbers = torch.stack([self.streak, self.skipped, spike, getattr(self.learn, 'stop', torch.zeros_like(loss))]).long()
         mean = self.mean
-        self.mean, self.var, self.seen = self.mean + share * above, (1 - share) * (self.var + share * above**2), self.seen + loss.isfinite()
+        self.mean, self.var, self.seen = self.mean + share * above, (1 - share) * (self.var + share * above**2), self.seen + fine
         k = self.learn.batches_per_step
         if read := self.later.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean)): self.look(*read)
 
@@ -463,6 +464,7 @@ class TaskLearner(Learner):
         opt_func:Callable|None=None,  # (groups, lr) -> optimizer; AdamW with the recipe's betas if None
         cbs:list=(),           # the task's own callbacks, and yours
     ):
+        self.known, self.listeners = [], {}
         self.recipe, self.max_steps, self.valid_every, self.begin_at, self.signals, self.waited = recipe, max_steps, valid_every, (0, 0), StopSignals(), 0.
         self.batches_per_step, clip, ema = (getattr(recipe, k, none) for k, none in (('accumulate', 1), ('clip', 0), ('ema', 0)))
         for dl in dls.loaders:
@@ -493,6 +495,17 @@ class TaskLearner(Learner):
         super().__init__(dls, model, loss_func, lr=self.base_rate, splitter=groups, metrics=list(metrics),
                          opt_func=opt_func or (lambda g, lr: adamw(g, lr, recipe.betas)), cbs=[*own, *cbs], default_cbs=False,
                          path=out)
+
+    def __call__(self, event_name:str|list):
+        "Call the callbacks that have something to do, in order; to ask every one, as fastai does, takes a millisecond a step."
+        for name in [event_name] if isinstance(event_name, str) else event_name:
+            if self.known != self.cbs.items: self.known, self.listeners = list(self.cbs), {}
+            if name not in self.listeners: self.listeners[name] = self.listening(name)
+            for cb in self.listeners[name]: cb(name)
+
+    def listening(self, event_name:str) -> list[Callback]:
+        if not hasattr(event, event_name): raise ValueError(f'fastai has no event {event_name!r}')
+        return [cb for cb in self.cbs.sorted('order') if hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == 'after_fit']   # which sets each one's `run` again
 
     def create_opt(self):
         if hasattr(self, 'sharded'): self.sharded.cut()   # before the optimizer, which must get the parts
