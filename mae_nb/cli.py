@@ -9,8 +9,8 @@ __all__ = ['FREE', 'DEFAULT_MODELS', 'PROBES', 'RUNS', 'AGAINST', 'one_line', 'c
            'save_reconstructions', 'finish', 'mae_pretrain', 'run_pretrain', 'common', 'mae_finetune', 'run_finetune',
            'mae_probe', 'run_probe', 'mae_replay', 'read_step', 'Replay', 'mae_show', 'mae_convert', 'mae_pack',
            'parts_of', 'random_images', 'bench_step', 'bench_loader', 'StepClock', 'bench_learner', 'bench_save',
-           'save_once', 'mae_bench', 'measured_rate', 'loader_seconds', 'planned_model', 'mae_plan', 'Looks',
-           'check_data', 'check_table', 'mae_check', 'judge', 'draw_table', 'mae_demo']
+           'save_once', 'mae_bench', 'measured_rate', 'loader_seconds', 'needs_of', 'plan_text', 'planned_model',
+           'mae_plan', 'Looks', 'check_data', 'check_table', 'mae_check', 'judge', 'draw_table', 'mae_demo']
 
 # %% ../nbs/26_cli.ipynb #9d9c1684
 import copy
@@ -44,7 +44,7 @@ from .augment import augment_dls
 from .checkpoints import Checkpoints, Terminated, checkpoints_in, is_full, read_checkpoint, run_state, save_checkpoint
 from .classifier import classifier_from, create_classifier, load_encoder, seeded
 from .data import IMAGENET_MEAN, IMAGENET_STD, SOURCES, ImageSet, Samples, eval_transform, file_bytes, get_dls, load_source, printable, read_image, why_bad
-from .distributed import agreed, processes, rank, together
+from .distributed import PARALLEL, agreed, processes, rank, together
 from .engine import TaskLearner, make_run, memory_gib
 from .finetune import finetune_learner, write_classes
 from .interop import convert, load_mae, open_weights
@@ -56,7 +56,7 @@ from .probes import FrozenProbe, LinearHead, attentive_probe_learner, features, 
 from .recipes import RECIPES, SWITCHES, as_config, change, loader_batch, mae_options, switches_of
 from .settings import setting
 from .shards import Files, Part, check_shards, encoded_parts, pack, read_index
-from .speed import DATASETS, DTYPES, apply_switches, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan, peak_flops, step_flops, timed, train_step
+from .speed import DATASETS, DTYPES, PRODUCTS, apply_switches, compare, device_memory, fit_batch, in_turn, keep_freed_memory, like_timm, like_transformers, machine, make_plan, peak_flops, products, step_flops, timed, train_step
 from .visualize import show_reconstructions, standardize
 
 # %% ../nbs/26_cli.ipynb #b8bb1bad
@@ -671,11 +671,9 @@ def bench_step(
     labels = torch.arange(bs, device=device) % model.head.out_features if hasattr(model, 'head') else None
     models = dict(ours=model) | ({} if against is None else dict(theirs=AGAINST[pick(against, AGAINST, '--against')](like or model)))
     runs = {k: train_step(m, imgs, labels, dtype=dtype, compile=compile, **(switches if k == 'ours' else {})) for k, m in models.items()}
-    if device.type == 'cpu':
-        a, b = torch.randn(2, 1024, 1024, dtype=DTYPES[dtype])
-        runs['products'] = lambda: [a @ b for _ in range(10)]
+    if device.type == 'cpu': runs['products'] = products(DTYPES[dtype])
     times, flops = in_turn(runs, pairs, steps, device), bs * step_flops(model)
-    peaks = [10 * 2 * 1024**3 / t for t in times.pop('products')] if device.type == 'cpu' else [peak_flops(device, DTYPES[dtype])] * pairs
+    peaks = [PRODUCTS / t for t in times.pop('products')] if device.type == 'cpu' else [peak_flops(device, DTYPES[dtype])] * pairs
     mfu = statistics.median(flops / t / peak for t, peak in zip(times['ours'], peaks))
     return compare(times, bs) | dict(gflop_per_image=flops / bs / 1e9, mfu=mfu)
 
@@ -689,7 +687,7 @@ def bench_loader(
     batches:int=20,  # timed
     num_workers:int=None,
     device='cpu',
-) -> dict:           # images a second
+) -> dict:           # samples a second
     "The training loader alone, after its first batch."
     dls = get_dls(sets, recipe, img_size=img_size, bs=bs, num_workers=num_workers, device=device)
     augment_dls(dls, recipe)
@@ -698,7 +696,7 @@ def bench_loader(
     n = min(batches, len(dls.train) - 1)
     def run():
         for _ in range(n): next(it)
-    return dict(ours=n * bs / timed(run, device))
+    return dict(ours=n * bs * dls.train.dataset.repeats / timed(run, device))
 
 class StepClock(Callback):
     "The time at two steps of a fit."
@@ -736,7 +734,7 @@ def bench_learner(
         for i, (imgs, index, _) in enumerate(dls.train):
             if i == warm: timed(lambda: None, device); start = time.perf_counter()
             imgs, index = imgs.to(device, non_blocking=True), index.to(device, non_blocking=True)
-            noise = uniform(key(0, 0, index, 'mask'), net.num_patches)
+            noise = uniform(key(0, 0, index, 'mask', torch.arange(len(index), device=device) % recipe.repeats), net.num_patches)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp): loss = net(standardize(imgs, mean_, std_), noise=noise).loss
             loss.backward(); opt.step(); opt.zero_grad()
         timed(lambda: None, device)
@@ -744,7 +742,8 @@ def bench_learner(
 
     rows = [(fitted() / steps * 1e3, bare() / steps * 1e3) for _ in range(pairs)]
     ours, theirs = (statistics.median(r) for r in zip(*rows))
-    return dict(ours=bs / ours * 1e3, theirs=bs / theirs * 1e3, ratio=statistics.median(b / a for a, b in rows), learner_ms=ours, bare_ms=theirs, more_ms=statistics.median(a - b for a, b in rows))
+    samples = bs * recipe.repeats * 1e3
+    return dict(ours=samples / ours, theirs=samples / theirs, ratio=statistics.median(b / a for a, b in rows), learner_ms=ours, bare_ms=theirs, more_ms=statistics.median(a - b for a, b in rows))
 
 def bench_save(
     model,           # an `MAE`
@@ -823,7 +822,7 @@ def measured_rate(
     dtype:str,          # a key of `DTYPES`
     seconds:float=20,   # how long to measure, about
     **switches,         # of `apply_switches`
-) -> float:             # images a second: the median step
+) -> float:             # samples a second: the median step
     "How fast this machine trains the model, loader and `Learner` aside."
     encoder, device = getattr(model, 'encoder', model), next(model.parameters()).device
     def step_of(n):
@@ -843,9 +842,37 @@ def loader_seconds(
     mean:tuple,
     std:tuple,
     bs:int=64,
-) -> float:             # for one image
+) -> float:             # for one sample
     "What a loader of images in memory takes from the main process."
     return 1 / bench_loader((random_images(bs * 4, size, mean, std), None), recipe, bs, size, batches=3, num_workers=0)['ours']
+
+def needs_of(
+    recipe,             # for pretraining, fine-tuning, or a linear probe
+    device:torch.device,
+    shards:int=1,       # devices that hold the model together
+) -> dict:              # of `step_memory`
+    "What a recipe says about memory."
+    has = lambda field: bool(getattr(recipe, field, 0))
+    return dict(amp=has('amp'), checkpointing=has('checkpointing'), ema=has('ema'), slots=1 if hasattr(recipe, 'momentum') else 2, beside=device.type == 'cpu', shards=shards)
+
+def plan_text(
+    plan:dict,          # from `make_plan`, and where its rate comes from
+    recipe,
+    room:float,         # bytes of a device
+    load:float=0.,      # seconds that the loader adds for a sample
+) -> str:
+    "A plan in lines."
+    p, repeats = plan, getattr(recipe, 'repeats', 1)
+    more = f' x {repeats} crops' if repeats > 1 else ''
+    parts = ', '.join(f'{k} {v:.2f}' for k, v in p['memory_parts_gib'].items() if v >= .005)
+    rate = f"{p['images_per_second'] / p['gpus']:,.0f} samples a second and device, " + (f"measured on this {p['device'].partition(':')[0]}" if p['measured'] else 'as given')
+    lines = [f"work        {p['gflop_per_image']:.3g} GFLOP a sample, {p['total_eflop']:.3g} EFLOP in all, {p['steps']:,} steps of {recipe.batch_size} images{more}",
+             f"batch       {p['batch_per_gpu']} a device x {p['gpus']} devices x {p['accumulate']} accumulated{more}",
+             f"memory      {p['memory_gib']:.2f} GiB of {room / 2**30:.0f} GiB a device: {parts}",
+             f'rate        {rate}' + (f', {load * 1e3:.2f} ms a sample for the loader' if load else '; the loader must keep up'),
+             f"time        {p['hours']:.3g} hours, {p['gpu_hours']:.3g} device hours" + (f", cost {p['cost']:,.2f}" if p['cost'] else '')]
+    if p['accumulate'] != getattr(recipe, 'accumulate', 1): lines.append(f"note: start the run with --set accumulate={p['accumulate']}")
+    return '\n'.join(lines)
 
 def planned_model(
     recipe,             # for pretraining, fine-tuning, or a linear probe
@@ -867,6 +894,7 @@ def mae_plan(
     data:str=None,         # imagenet, fashion, cifar10, or a number of training images; by default as the recipe's name says, else imagenet
     img_size:int=None,     # side of the images in pixels; by default the model's own
     gpus:int=1,            # devices that train together
+    parallel:str='ddp',    # several devices: ddp, each has the whole model; or fsdp, each holds a part
     rate:str='auto',       # images a second of one device; auto: measured here, in less than 30 seconds
     memory:float=None,     # GiB of one device; by default what this machine's has
     price:float=0.,        # of one device for an hour
@@ -884,31 +912,25 @@ def mae_plan(
         data = data or (suffix if suffix in DATASETS else 'imagenet')
         images, valid = (int(data), 0) if data.isdigit() else DATASETS[pick(data, DATASETS, '--data')]
         if gpus < 1: raise ValueError(f'--gpus must be at least 1, got {gpus}')
+        if pick(parallel, PARALLEL, '--parallel') != 'ddp' and gpus == 1: raise ValueError(f'--parallel {parallel} has no meaning with one device: add --gpus')
         if r.batch_size > images: raise ValueError(f'a batch of {r.batch_size} is larger than the {images} images of --data {data}: use --bs {images} or less')
-        if rate != 'auto' and not (rate.replace('.', '', 1).isdigit() and float(rate) > 0): raise ValueError(f'--rate takes auto or a number of images a second, got {rate}')
+        if rate != 'auto' and not (rate.replace('.', '', 1).isdigit() and float(rate) > 0): raise ValueError(f'--rate takes auto or a number of samples a second, got {rate}')
+        base = int(memory_gib(device) * 2**30) if device.type == 'cpu' else 0   # before the model is there
         name = model or default_model(data)
         grey = data == 'fashion'
         net = planned_model(r, name, 1000 if data == 'imagenet' else 10, in_chans=1 if grey else 3, **({} if img_size is None else dict(img_size=img_size)))
-        needs = dict(amp=getattr(r, 'amp', False), checkpointing=getattr(r, 'checkpointing', False), ema=bool(getattr(r, 'ema', 0)), slots=1 if hasattr(r, 'momentum') else 2)
-        base = int(memory_gib(device) * 2**30) if device.type == 'cpu' else 0
+        needs = needs_of(r, device, gpus if parallel == 'fsdp' else 1)
         room = memory * 2**30 if memory else device_memory(device)
-        per_step = loader_batch(change(r, dict(accumulate=1)), gpus)
-        batch, accumulate = fit_batch(net, per_step, .9 * room - base, **needs)
+        batch, accumulate = fit_batch(net, loader_batch(change(r, dict(accumulate=1)), gpus), .9 * room - base, getattr(r, 'repeats', 1), **needs)
         load = 0.
         if data in SOURCES:   # small and in memory: the main process crops
             train, encoder = load_source('fashion')[0], getattr(net, 'encoder', net)
             load = loader_seconds(r, encoder.img_size, *((train.mean, train.std) if grey else (IMAGENET_MEAN, IMAGENET_STD)))
         dtype = 'bfloat16' if needs['amp'] else 'float32'
-        pace = measured_rate(net.to(device), batch, dtype, **switches_of(r)) if rate == 'auto' else float(rate)
+        pace = measured_rate(net.to(device), batch * getattr(r, 'repeats', 1), dtype, **switches_of(r)) if rate == 'auto' else float(rate)
         plan = make_plan(net, r, images, valid, bs=batch, accumulate=accumulate, gpus=gpus, rate=pace, load=load, base=base, price=price, **needs)
-        result = dict(recipe=recipe, model=name, data=data, measured=rate == 'auto', device=str(device)) | plan
-        print(f'{recipe} of {name} on {images:,} images of {data}, {r.epochs} epochs')
-        print(f"work        {plan['gflop_per_image']:.3g} GFLOP an image, {plan['total_eflop']:.3g} EFLOP in all, {plan['steps']:,} steps of {r.batch_size} images")
-        print(f"batch       {batch} a device x {gpus} devices x {accumulate} accumulated")
-        print(f"memory      {plan['memory_gib']:.2f} GiB of {room / 2**30:.0f} GiB a device: " + ', '.join(f'{k} {v:.2f}' for k, v in plan['memory_parts_gib'].items() if v >= .005))
-        print(f"rate        {pace:,.0f} images a second and device, {'measured on this ' + device.type if rate == 'auto' else 'as given'}" + (f', {load * 1e3:.2f} ms an image for the loader' if load else '; the loader must keep up'))
-        print(f"time        {plan['hours']:.3g} hours, {plan['gpu_hours']:.3g} device hours" + (f", cost {plan['cost']:,.2f}" if price else ''))
-        if accumulate != getattr(r, 'accumulate', 1): print(f'note: start the run with --set accumulate={accumulate}')
+        result = dict(recipe=recipe, model=name, data=data, measured=rate == 'auto', device=str(device), parallel=parallel) | plan
+        print(f'{recipe} of {name} on {images:,} images of {data}, {r.epochs} epochs\n' + plan_text(result, r, room, load))
         write_json(result, json)
         return None if is_cli(mae_plan) else result
 

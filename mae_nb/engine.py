@@ -283,12 +283,13 @@ def memory_gib(device:torch.device) -> float:  # peak so far in GiB; NaN where t
 
 # %% ../nbs/21_engine.ipynb #2100a011
 class Pace(Callback):
-    "Images a second, the share of the peak that they make, and the share of time spent waiting for data."
+    "Samples a second, the share of the peak that they make, and the share of time spent waiting for data."
     order, run_valid = 54, False   # behind the recorder, which has waited for the device
     def __init__(self,
-        flops:int=0,     # operations of a training step for one image; 0: no MFU
+        flops:int=0,     # operations of a training step for one sample; 0: no MFU
         peak:float=1.,   # operations a second of all devices together
-    ): self.flops, self.peak = flops, peak
+        repeats:int=1,   # samples of each image that is read
+    ): self.flops, self.peak, self.repeats = flops, peak, repeats
 
     def mark(self): return time.perf_counter(), self.train_iter, self.waited
     def since(self,
@@ -296,7 +297,7 @@ class Pace(Callback):
     ) -> dict:
         "What has been reached from then till now."
         seconds, batches, waited = (now - before for now, before in zip(self.mark(), then))
-        rate = batches * self.dls.train.bs * processes() / seconds
+        rate = batches * self.dls.train.bs * self.repeats * processes() / seconds
         return dict(train_seconds=seconds, images_per_second=rate, mfu=rate * self.flops / self.peak if self.flops else None, data_wait=waited / seconds, peak_memory_gib=memory_gib(self.dls.device))
 
     def before_train(self): self.began = self.mark()
@@ -482,7 +483,7 @@ class TaskLearner(Learner):
         model = apply_switches(model.to(dls.device), **switches_of(recipe))
         dtype = DTYPES['bfloat16' if recipe.amp else 'float32']
         flops = step_flops(model) if isinstance(getattr(model, 'encoder', model), Encoder) else 0   # of a model of yours no operations are known
-        if first: own += [Pace(flops, peak_flops(dls.device, dtype) * processes()), Progress()]
+        if first: own += [Pace(flops, peak_flops(dls.device, dtype) * processes(), getattr(recipe, 'repeats', 1)), Progress()]
         if recipe.amp: own.append(Autocast())
         if recipe.compile == 'graphs': own.append(Graphs())
         if self.batches_per_step > 1: own.append(Accumulate(self.batches_per_step))

@@ -1,8 +1,8 @@
-"""What each switch gains on this machine: images/s of a training step, all taken in turn in one process, against transformers' model of the same size.
+"""What each switch gains on a CPU: images/s of a training step, all taken in turn in one process, against transformers' model of the same size.
 
     python tests/bench/switches.py [--model mae_vit_nano_patch4_32] [--bs 128] [--pairs 9] [--only NAME ...] [--json FILE]
 
-Matrix products of 1024 x 1024 take turns too: the MFU is the share of their rate in the same turn.
+Matrix products of 1024 x 1024 take turns too: the MFU is the share of their rate in the same turn. For a GPU: tests/bench/gpu.py.
 """
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch
 
 from mae_nb.cli import get_device
 from mae_nb.mae import create_mae
-from mae_nb.speed import in_turn, like_transformers, machine, step_flops, train_step
+from mae_nb.speed import PRODUCTS, in_turn, like_transformers, machine, products, step_flops, train_step
 
 SWITCHES = {   # row -> (options of `create_mae`, of `train_step`)
     'plain':                        ({}, {}),
@@ -31,21 +31,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='mae_vit_nano_patch4_32'); p.add_argument('--bs', type=int, default=128)
     p.add_argument('--pairs', type=int, default=9); p.add_argument('--only', nargs='+', choices=SWITCHES, default=list(SWITCHES)); p.add_argument('--json')
-    args, device = p.parse_args(), get_device(None)
-    made = {k: (create_mae(args.model, **SWITCHES[k][0]).to(device), SWITCHES[k][1]) for k in args.only}
-    size = create_mae(args.model).to(device)
-    imgs = torch.randn(args.bs, 3, *size.encoder.img_size, device=device)
-    a, b = torch.randn(2, 1024, 1024, device=device)
+    args = p.parse_args()
+    get_device('cpu')   # as the commands do: freed memory is kept
+    made = {k: (create_mae(args.model, **SWITCHES[k][0]), SWITCHES[k][1]) for k in args.only}
+    size = create_mae(args.model)
+    imgs = torch.randn(args.bs, 3, *size.encoder.img_size)
     runs = dict(transformers=train_step(like_transformers(size), imgs)) | {k: train_step(m, imgs, **options) for k, (m, options) in made.items()}
-    times = in_turn(runs | dict(products=lambda: [a @ b for _ in range(10)]), args.pairs, device=device)
-    median, peaks, theirs = statistics.median, [10 * 2 * 1024**3 / t for t in times.pop('products')], times['transformers']
+    times = in_turn(runs | dict(products=products()), args.pairs)
+    median, peaks, theirs = statistics.median, [PRODUCTS / t for t in times.pop('products')], times['transformers']
     rows = {}
     for k, seconds in times.items():
         flops = step_flops(made[k][0] if k in made else size)
         ratios = [t / s for t, s in zip(theirs, seconds)]
         rows[k] = dict(images_per_second=args.bs / median(seconds), ratio=median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), gflop_per_image=flops / 1e9,
                        mfu=median(args.bs * flops / s / peak for s, peak in zip(seconds, peaks)))
-    told = machine(device, packages=('transformers',))
+    told = machine(packages=('transformers',))
     print('| | images/s | of transformers | (range) | GFLOP an image | MFU |\n|---|---|---|---|---|---|')
     for k, r in rows.items(): print(f"| {k} | {r['images_per_second']:,.3g} | {r['ratio']:.2f} | {r['ratio_min']:.2f}-{r['ratio_max']:.2f} | {r['gflop_per_image']:.3g} | {r['mfu']:.0%} |")
     print(f"\n{args.model}, {args.bs} images; {told['device_name']}, {told['threads']} threads, matrix products at {median(peaks) / 1e9:.0f} GFLOPS, torch {told['versions']['torch']}")
