@@ -6,8 +6,8 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PICTURE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS',
            'MAX_ARCHIVE', 'SOURCES', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
            'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set', 'folder_sets', 'load_source',
-           'crop_box', 'resized', 'train_transform', 'Crop', 'eval_transform', 'BadImages', 'Samples', 'printable',
-           'record_bad', 'collate', 'KeyedBatches', 'Loader', 'get_dls']
+           'crop_box', 'resized', 'View', 'shown', 'eval_view', 'eval_transform', 'train_view', 'train_transform',
+           'Crop', 'BadImages', 'Samples', 'printable', 'record_bad', 'collate', 'KeyedBatches', 'Loader', 'get_dls']
 
 # %% ../nbs/13_data.ipynb #e5520a6f
 import csv
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -148,10 +149,8 @@ def read_image(
 
 def _read_jpeg(data:bytes, in_chans:int, shrink) -> torch.Tensor:
     "A JPEG, without PIL where that is not needed."
-    bare, exif = bare_jpeg(data)
-    h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
-    _check_size(h, w)
-    turn, inks = _turn(data) if exif else 1, space in ('CMYK', 'YCCK')
+    bare, h, w, space, turn = _jpeg_head(data)
+    inks = space in ('CMYK', 'YCCK')
     less = 1 if inks or not shrink else shrink(w, h) if turn in (5, 6, 7, 8) else shrink(h, w)
     pixels = jpeg_pixels(bare, 'CMYK' if inks else 'GRAY' if in_chans == 1 and space == 'Gray' else 'RGB', less)
     if turn == 1 and pixels.shape[2] == in_chans: return torch.from_numpy(pixels).permute(2, 0, 1)   # nearly all files
@@ -159,6 +158,13 @@ def _read_jpeg(data:bytes, in_chans:int, shrink) -> torch.Tensor:
     im = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     im.getexif()[0x112] = turn
     return _from_pil(im, in_chans)
+
+def _jpeg_head(data:bytes) -> tuple:
+    "What is known of a JPEG before its pixels: a bare copy, rows, columns, colour space, and how it is to be turned."
+    bare, exif = bare_jpeg(data)
+    h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
+    _check_size(h, w)
+    return bare, h, w, space, _turn(data) if exif else 1
 
 def _check_size(h:int, w:int):
     if w * h > MAX_PIXELS: raise ValueError(f'{w} x {h} pixels are more than {MAX_PIXELS:,}')
@@ -191,8 +197,11 @@ class ImageSet:
     def read(self, i:int, shrink:Callable|None=None) -> torch.Tensor:  # image (c, h, w), uint8
         "Image number `i`; `shrink` as in `read_image`."
         if isinstance(self.items, np.ndarray): return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        item = self.items[i]
-        return read_image(io.BytesIO(item) if isinstance(item, bytes) else item, self.in_chans, shrink)
+        return read_image(io.BytesIO(self.data(i)), self.in_chans, shrink)
+
+    def data(self, i:int) -> bytes:
+        "What the file of image number `i` holds."
+        return item if isinstance(item := self.items[i], bytes) else file_bytes(item)
 
     def file(self, i:int) -> str:
         "What to call image number `i`, for messages."
@@ -367,19 +376,78 @@ def resized(
     imgs = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)   # as a batch whose channels lie together in memory: so torch takes it without copies
     return interpolate(imgs, tuple(size), mode='bicubic', antialias=True)[0]
 
-def train_transform(
-    img:torch.Tensor,            # image (c, h, w), uint8
+
+# %% ../nbs/13_data.ipynb #6a5d0002
+class View(NamedTuple):
+    "What a sample shows of a picture, in pixels."
+    top: int          # the box of the picture
+    left: int
+    rows: int
+    columns: int
+    height: int       # what the box is scaled to
+    width: int
+    down: int         # where the sample begins in it
+    right: int
+    mirrored: bool
+
+def shown(
+    img:torch.Tensor,      # image (c, h, w)
+    view:View,             # of it
+    size:tuple[int, int],  # (rows, columns) of the sample
+    scale:Callable=resized,  # takes (image, size)
+) -> torch.Tensor:         # image (c, *size)
+    "What a view shows of its picture."
+    v = view
+    img = img[:, v.top:v.top + v.rows, v.left:v.left + v.columns]
+    if img.shape[1:] != (v.height, v.width): img = scale(img, (v.height, v.width))
+    img = img[:, v.down:v.down + size[0], v.right:v.right + size[1]]
+    return img.flip(-1) if v.mirrored else img
+
+
+# %% ../nbs/13_data.ipynb #77d524e7
+def eval_view(
+    whole:tuple[int, int],  # (rows, columns) of the image
+    size:tuple[int, int],   # (rows, columns) wanted
+    more:float|None=None,   # of the size is covered; by default 256/224, and 1 below 64 pixels
+) -> View:
+    "The middle of the image, scaled until it covers a little more than the size; images that fit are left alone."
+    (h, w), (H, W) = whole, size
+    if (h, w) == (H, W): return View(0, 0, h, w, h, w, 0, 0, False)
+    s = max(H / h, W / w) * (more or (256 / 224 if min(size) >= 64 else 1))
+    rows, cols = max(round(h * s), H), max(round(w * s), W)
+    return View(0, 0, h, w, rows, cols, round((rows - H) / 2), round((cols - W) / 2), False)
+
+def eval_transform(
+    img:torch.Tensor,      # image (c, h, w), uint8
+    size:tuple[int, int],  # (rows, columns) wanted
+) -> torch.Tensor:         # image (c, *size), uint8
+    "What is seen in validation: the image's middle."
+    return shown(img, eval_view(img.shape[1:], size), size)
+
+
+# %% ../nbs/13_data.ipynb #6a5d0004
+def train_view(
+    whole:tuple[int, int],       # (rows, columns) of the image
     k:Callable[[str], int],      # gives the key for a purpose
     size:tuple[int, int],        # (rows, columns) wanted
     crop_scale:tuple[float, float]=(.2, 1.),  # share of the image's area that a crop takes; (1, 1) = the whole image
     flip:bool=True,              # mirror half of the images
-) -> torch.Tensor:               # image (c, *size), uint8
+) -> View:
     "Random resized crop and flip, drawn from the sample's keys."
-    if tuple(crop_scale) != (1., 1.):
-        t, l, h, w = crop_box(img.shape[1:], crop_scale, k('crop'))
-        img = resized(img[:, t:t + h, l:l + w], size)
-    elif tuple(img.shape[1:]) != tuple(size): img = eval_transform(img, size)
-    return img.flip(-1) if flip and nth_uniform(k('flip'), 0) < .5 else img
+    mirrored = flip and nth_uniform(k('flip'), 0) < .5
+    if tuple(crop_scale) == (1., 1.): return eval_view(whole, size)._replace(mirrored=mirrored)
+    return View(*crop_box(whole, crop_scale, k('crop')), *size, 0, 0, mirrored)
+
+def train_transform(
+    img:torch.Tensor,            # image (c, h, w), uint8
+    k:Callable[[str], int],      # gives the key for a purpose
+    size:tuple[int, int],        # (rows, columns) wanted
+    crop_scale:tuple[float, float]=(.2, 1.),  # as for `train_view`
+    flip:bool=True,
+) -> torch.Tensor:               # image (c, *size), uint8
+    "What is seen in training."
+    return shown(img, train_view(img.shape[1:], k, size, crop_scale, flip), size)
+
 
 # %% ../nbs/13_data.ipynb #185b40b2
 @dataclass(frozen=True)
@@ -389,6 +457,7 @@ class Crop:
     flip: bool = True              # mirror half of the images
 
     def __call__(self, img, k, size): return train_transform(img, k, size, self.crop_scale, self.flip)
+    def view(self, k, size, *whole): return train_view(whole, k, size, self.crop_scale, self.flip)   # what it shows of a picture of so many rows and columns
 
     def shrink(self,
         k:Callable[[str], int],    # gives the key for a purpose
@@ -400,18 +469,6 @@ class Crop:
         if self.crop_scale == (1., 1.): return 1
         while f < 8 and enough(less := [-(-n // (2 * f)) for n in whole]) and enough(crop_box(less, self.crop_scale, k('crop'))[2:]): f *= 2
         return f
-
-# %% ../nbs/13_data.ipynb #77d524e7
-def eval_transform(
-    img:torch.Tensor,      # image (c, h, w), uint8
-    size:tuple[int, int],  # (rows, columns) wanted
-) -> torch.Tensor:         # image (c, *size), uint8
-    "Scale the image until it covers 256/224 of the size, and take the middle; small images that fit are left alone."
-    if tuple(img.shape[1:]) == tuple(size): return img
-    (h, w), (H, W) = img.shape[1:], size
-    s = max(H / h, W / w) * (256 / 224 if min(size) >= 64 else 1)
-    img = resized(img, (max(round(h * s), H), max(round(w * s), W)))
-    return TF.center_crop(img, [H, W])
 
 # %% ../nbs/13_data.ipynb #e645cd1c
 class BadImages(RuntimeError):
