@@ -31,7 +31,6 @@ from fastai.data.core import DataLoaders
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms.v2 import functional as TF
 
 from .encoder import to_pair
 from .keyed import generator, key, nth_uniform
