@@ -180,6 +180,7 @@ def augment_dls(
         wanted = transform if _is_ours(own.transform) else own.transform, repeats
         if wanted == (own.transform, own.repeats): continue
         own.transform, own.repeats = wanted
+        own.check()
         loader.dl._iterator = None   # workers that are running have the old one
 
 # %% ../nbs/14_augment.ipynb #511472a8

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PICTURE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS',
-           'MAX_ARCHIVE', 'SOURCES', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
-           'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set', 'folder_sets', 'load_source',
-           'crop_box', 'resized', 'View', 'shown', 'eval_view', 'eval_transform', 'train_view', 'train_transform',
-           'Crop', 'BadImages', 'Samples', 'printable', 'record_bad', 'collate', 'KeyedBatches', 'Loader', 'get_dls']
+           'MAX_ARCHIVE', 'SOURCES', 'DECODE', 'MAX_AT_ONCE', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg',
+           'jpeg_pixels', 'read_image', 'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set',
+           'folder_sets', 'load_source', 'crop_box', 'resized', 'View', 'shown', 'eval_view', 'eval_transform',
+           'train_view', 'train_transform', 'Crop', 'device_jpeg', 'Jpeg', 'enlarged', 'BadImages', 'Samples',
+           'printable', 'record_bad', 'Coded', 'collate', 'device_pixels', 'check_device', 'decode_batch',
+           'KeyedBatches', 'Loader', 'get_dls']
 
 # %% ../nbs/13_data.ipynb #e5520a6f
 import csv
@@ -17,10 +19,13 @@ import re
 import stat
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +36,7 @@ from fastai.data.core import DataLoaders
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from .encoder import to_pair
 from .keyed import generator, key, nth_uniform
@@ -454,6 +460,7 @@ class Crop:
     "`train_transform` with its options; can be sent to a loader's worker."
     crop_scale: tuple = (.2, 1.)   # share of the image's area that a crop takes
     flip: bool = True              # mirror half of the images
+    beyond = ''                    # what is done that no `View` tells
 
     def __call__(self, img, k, size): return train_transform(img, k, size, self.crop_scale, self.flip)
     def view(self, k, size, *whole): return train_view(whole, k, size, self.crop_scale, self.flip)   # what it shows of a picture of so many rows and columns
@@ -469,6 +476,34 @@ class Crop:
         while f < 8 and enough(less := [-(-n // (2 * f)) for n in whole]) and enough(crop_box(less, self.crop_scale, k('crop'))[2:]): f *= 2
         return f
 
+# %% ../nbs/13_data.ipynb #6a5d0011
+DECODE = ('cpu', 'device')   # who decodes JPEGs: the loader's processes, or the device that trains
+
+def device_jpeg(
+    data:bytes,     # a file
+) -> tuple|None:    # a bare copy, rows, columns; None for what is to be read here
+    "A JPEG that a device can decode as it stands; an error as from `read_image` where its header is bad."
+    if data[:3] != b'\xff\xd8\xff': return None
+    bare, h, w, space, turn = _jpeg_head(data)
+    return (bare, h, w) if space in ('Gray', 'YCbCr') and turn == 1 and bare.rfind(b'\xff\xd9') > 0 else None
+
+class Jpeg(NamedTuple):
+    "A file that the device is to decode, and what a sample shows of it."
+    data: bytes        # without notes
+    whole: tuple       # its rows and columns
+    where: tuple       # (epoch, index) of the sample
+    view: View|None = None
+
+def enlarged(
+    view:View,              # of a picture whose rows and columns are divided by `f`
+    f:int,
+    whole:tuple[int, int],  # rows and columns of the picture
+) -> View:
+    "The same part of the whole picture."
+    t, l, h, w = (f * n for n in view[:4])
+    return view._replace(top=t, left=l, rows=min(h, whole[0] - t), columns=min(w, whole[1] - l))
+
+
 # %% ../nbs/13_data.ipynb #e645cd1c
 class BadImages(RuntimeError):
     "Too many files of a data set could not be read."
@@ -482,29 +517,52 @@ class Samples(Dataset):
         seed:int=0,                # the run's seed
         transform:Callable|None=None,  # takes (image, k, size); `eval_transform` without a key if None
         repeats:int=1,             # samples of one picture that is read once
+        decode:str='cpu',          # one of `DECODE`; with 'device' some samples are a `Jpeg`
     ):
-        self.images, self.size, self.seed, self.transform, self.repeats = images, size, seed, transform, repeats
+        self.images, self.size, self.seed, self.transform, self.repeats, self.decode = images, size, seed, transform, repeats, decode
 
     def __len__(self): return len(self.images)
     def __getitem__(self, where:tuple[int, int]): return self.visit(*where)[0]
     def __getitems__(self, batch:list): return [s for where in batch for s in self.visit(*where)]   # what a loader asks for
 
-    def visit(self, epoch:int, index:int) -> list:   # of (image (c, *size), label, index, [(name, reason), ...]), `repeats` of them
+    def visit(self,
+        epoch:int,
+        index:int,
+        decode:str|None=None,   # one of `DECODE`; as told before if None
+    ) -> list:                  # of (image (c, *size) or `Jpeg`, label, index, [(name, reason), ...]), `repeats` of them
         "Read a picture, or one that stands in for it, and make samples of it."
         keys = [lambda purpose, n=n: key(self.seed, epoch, index, purpose, n) for n in range(self.repeats)]
         shrink = getattr(self.transform, 'shrink', None)
         least = shrink and (lambda *whole: min(shrink(k, self.size, *whole) for k in keys))
         i, bad = index, []
         while True:
-            try: img = self.images.read(i, least); break
+            try:
+                coded = (decode or self.decode) == 'device' and device_jpeg(self.images.data(i))
+                img = Jpeg(coded[0], coded[1:], (epoch, index)) if coded else self.images.read(i, least); break
             except Exception as e:
                 bad.append((i, why_bad(e)))
                 if len(bad) > 20:   # the loader raises the error: a worker's would come wrapped in a traceback
                     img, bad = torch.zeros(self.images.in_chans, *self.size, dtype=torch.uint8), [*bad, (None, 'no stand-in found')]; break
                 i = key(self.seed, epoch, index, 'replace', len(bad)) % len(self)
         label = -1 if self.images.labels is None else int(self.images.labels[i])
-        crop = lambda k: self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
-        return [(crop(k), label, index, bad if n == 0 else []) for n, k in enumerate(keys)]
+        f = least(*img.whole) if least and isinstance(img, Jpeg) else 1
+        return [(self.sample(img, k, f), label, index, bad if n == 0 else []) for n, k in enumerate(keys)]
+
+    def sample(self, img, k:Callable, f:int):
+        "A sample of a picture, or of a JPEG what it will show: what would be seen if 1/f of its rows and columns were decoded."
+        if not isinstance(img, Jpeg): return self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
+        less = [-(-n // f) for n in img.whole]
+        view = self.transform.view(k, self.size, *less) if self.transform else eval_view(less, self.size)
+        return img._replace(view=enlarged(view, f, img.whole))
+
+    def check(self):
+        "Raise a clear error where the device would have to do what it cannot."
+        if self.decode == 'cpu': return
+        if isinstance(self.images.items, np.ndarray): raise ValueError(f"decode='device' has no effect on {self.images.name}, whose pictures are decoded already: leave it out")
+        t = self.transform
+        beyond = '' if t is None else t.beyond if isinstance(t, Crop) else '' if hasattr(t, 'view') else 'a transform of your own'
+        if beyond: raise ValueError(f"{beyond} needs the pixels on the CPU: use decode='cpu', or do without it")
+
 
 # %% ../nbs/13_data.ipynb #ba0da7a1
 def printable(
@@ -529,13 +587,82 @@ def record_bad(
         with open(file, 'a', encoding='utf-8', newline='') as f: f.write(rows.getvalue())
 
 # %% ../nbs/13_data.ipynb #a4c47146
+class Coded(NamedTuple):
+    "A batch whose JPEGs the device is to decode: tensors alone, which workers send cheaply."
+    data: torch.Tensor    # the files' bytes, one after the other, uint8
+    files: torch.Tensor   # (f, 5): bytes, rows, columns, epoch and index of each
+    views: torch.Tensor   # (b, 10): the number of a sample's file and its `View`; -1 for a sample that is there already
+    imgs: torch.Tensor    # (b', c, h, w) uint8: those, in order
+
+def _coded(imgs:list) -> Coded:
+    "Samples of which some are a `Jpeg`; repeats of a picture share its file."
+    files = {x.where: x for x in imgs if isinstance(x, Jpeg)}
+    number = {where: n for n, where in enumerate(files)}
+    views = [[number[x.where], *x.view] if isinstance(x, Jpeg) else [-1] * 10 for x in imgs]
+    there = [x for x in imgs if not isinstance(x, Jpeg)]
+    return Coded(torch.frombuffer(bytearray(b''.join(x.data for x in files.values())), dtype=torch.uint8), torch.tensor([[len(x.data), *x.whole, *x.where] for x in files.values()]),
+                 torch.tensor(views), torch.stack(there) if there else torch.empty(0, dtype=torch.uint8))
+
 def collate(
     items:list,  # of `Samples`
-) -> tuple:      # images (b, c, h, w) uint8, sample index (b,), labels (b,), bad files
+) -> tuple:      # images (b, c, h, w) uint8 or `Coded`, sample index (b,), labels (b,), bad files
     "Samples as a batch, whose channels lie together in memory as in a file; a worker's is put where the other process sees it."
     imgs, labels, index, bad = zip(*items)
-    imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
+    if any(isinstance(x, Jpeg) for x in imgs): imgs = _coded(imgs)
+    else: imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
     return imgs, torch.tensor(index), torch.tensor(labels), sum(bad, [])
+
+
+# %% ../nbs/13_data.ipynb #6a5d0021
+MAX_AT_ONCE = 2**27   # pixels decoded in one call: 400 MB in RGB
+
+def device_pixels(
+    files:Sequence[torch.Tensor],  # JPEGs, uint8 on the CPU
+    sizes:list,                    # (rows, columns) of each
+    in_chans:int,                  # channels wanted: 1 or 3
+    device,                        # torchvision decodes with nvJPEG on a GPU and with libjpeg on a CPU
+) -> Iterator[torch.Tensor|None]:  # images (c, h, w) uint8 on the device, in order; None for what it cannot decode
+    "Decode JPEGs on a device."
+    mode, ends = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB, np.cumsum([h * w for h, w in sizes])
+    for _, some in groupby(range(len(files)), lambda n: ends[n] // MAX_AT_ONCE):
+        some = list(some)
+        for n, img in zip(some, _device_decode([files[n] for n in some], mode, device)):
+            yield img if img is not None and tuple(img.shape[1:]) == tuple(sizes[n]) else None
+
+def _device_decode(files:list, mode, device) -> list:
+    if torch.device(device).type == 'cuda': torch.cuda.current_stream(device).synchronize()   # nvJPEG writes on a stream of its own, maybe where a picture was that is still being cropped
+    try: return decode_jpeg(files, mode, device)
+    except torch.OutOfMemoryError: raise
+    except RuntimeError: return [None] if len(files) == 1 else [x for f in files for x in _device_decode([f], mode, device)]
+
+def check_device(
+    device,  # a torch device
+):
+    "Raise a clear error where a device cannot decode JPEGs."
+    Image.new('RGB', (16, 16)).save(out := io.BytesIO(), 'JPEG')
+    try:
+        torch.empty(0, device=device)   # says best what is wrong with the device itself
+        where = decode_jpeg([torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, torch.device(device))[0].device
+        if where.type != torch.device(device).type: raise RuntimeError(f'it takes {where} instead')
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"torchvision cannot decode JPEGs on {device} ({' '.join(str(e).split())[:200]}): use decode='cpu'") from e
+
+def decode_batch(
+    coded:Coded,      # from a loader's worker
+    samples:Samples,  # whose it is
+    device,           # that decodes
+) -> tuple:           # images (b, c, *size) uint8 on the device; place in the batch -> (label, bad files) of what the CPU had to read
+    "A batch's pixels, cropped."
+    out, again, of_file = [None] * len(coded.views), {}, {}
+    for place, (n, *view) in enumerate(coded.views.tolist()): of_file.setdefault(n, []).append((place, View(*view)))
+    for (place, _), img in zip(of_file.pop(-1, ()), coded.imgs.to(device)): out[place] = img
+    lengths, *sizes, epochs, index = zip(*coded.files.tolist())
+    scale = lambda img, size: interpolate(img[None].float(), size, mode='bicubic', antialias=True)[0]
+    for n, img in enumerate(device_pixels(coded.data.split(lengths), list(zip(*sizes)), samples.images.in_chans, device)):
+        for place, view in of_file[n] if img is not None else (): out[place] = shown(img, view, samples.size, scale)
+        if img is None:
+            for (place, _), (img, label, _, bad) in zip(of_file[n], samples.visit(epochs[n], index[n], 'cpu')): out[place], again[place] = img.to(device), (label, bad)
+    return torch.stack([img.float() for img in out]).clamp(0, 255).round().byte(), again
+
 
 # %% ../nbs/13_data.ipynb #723299dd
 class KeyedBatches:
@@ -561,6 +688,7 @@ class Loader:
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
     max_bad = .01   # share of bad files above which a run stops
     record:Path|None = None   # a run's `bad_samples.csv`
+    device, stream, told = torch.device('cpu'), None, False   # that decodes, on a stream of its own; whether it was told that it could not
     def __init__(self,
         dataset:Samples,     # the samples
         bs:int,              # samples in a batch
@@ -584,22 +712,54 @@ class Loader:
     def __len__(self): return len(self.batches)
     def set_epoch(self, epoch:int, first:int=0): self.batches.epoch, self.batches.first = epoch, first   # a run may go on at batch `first`
     def samples(self, epoch:int, first:int, last:int): return torch.cat(self.batches.whole(epoch)[first:last]).tolist()   # of some batches
-    def to(self, device): self.device = device
+    def to(self, device):
+        self.device = torch.device(device)
+        if self.device.type == 'cuda' and self.dataset.decode == 'device':
+            self.stream = torch.cuda.Stream(self.device)
+            self.device = self.stream.device   # with its number: another thread begins with GPU 0
 
     def __iter__(self):
-        for imgs, index, labels, bad in self.dl:
+        for imgs, index, labels, bad in self.decoded() if self.dataset.decode == 'device' else self.dl:
             if bad: self.note(bad)
             yield imgs, index, labels
+
+    def decoded(self):
+        "Batches whose JPEGs are decoded on the device, each while the one before it is trained on."
+        with ThreadPoolExecutor(1) as pool:
+            coming = None
+            for batch in self.dl:
+                ready, coming = coming, pool.submit(self.finish, batch)
+                if ready: yield self.taken(ready.result())
+            if coming: yield self.taken(coming.result())
+
+    def finish(self, batch):
+        "The device's part, to its end, beside the training step."
+        imgs, index, labels, bad = batch
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            imgs, again = decode_batch(imgs, self.dataset, self.device) if isinstance(imgs, Coded) else (imgs.to(self.device).contiguous(), {})
+        if self.stream: self.stream.synchronize()
+        for place, (label, more) in again.items(): labels[place] = label; bad = bad + more
+        if any(not more for _, more in again.values()) and not self.told:
+            self.told = True
+            print(f'note: a JPEG of sample {index[min(again)]} was decoded on the CPU, as {self.device} could not; others like it are not told', flush=True)
+        return imgs, index, labels, bad
+
+    def taken(self, batch):
+        "A batch, handed to the stream that trains."
+        if self.stream: batch[0].record_stream(torch.cuda.current_stream(self.device))
+        return batch
 
     def note(self, bad):
         "Name each bad file once; stop when there are too many."
         hopeless = any(i is None for i, _ in bad)
         new = {i: reason for i, reason in bad if i is not None and i not in self.bad}
+        allowed = int(self.max_bad * len(self.dataset))
+        new = dict(islice(new.items(), allowed + 1 - len(self.bad)))   # the first one too many stops the run
         named = {printable(self.dataset.images.file(i)): reason for i, reason in new.items()}
         for file, reason in named.items(): print(f'could not read {file}, another image stands in for it: {reason}', flush=True)
         self.bad |= new
         if self.record and named: record_bad(self.record, named)
-        if hopeless or len(self.bad) > self.max_bad * len(self.dataset):
+        if hopeless or len(self.bad) > allowed:
             raise BadImages(f'{len(self.bad)} of {len(self.dataset)} files in {self.dataset.images.name} could not be read, more than {self.max_bad:.0%}: '
                             'remove or mend the files named above')
 
@@ -613,6 +773,7 @@ def get_dls(
     seed:int=0,                        # the run's seed
     num_workers:int|None=None,         # processes that read and crop; by the source if None: 0 from memory, else one a core, at most 8
     device=None,                       # where batches go; the GPU if there is one
+    decode:str='cpu',                  # one of `DECODE`: who decodes JPEGs
 ) -> DataLoaders:                      # batches of (images uint8, sample index, labels)
     "Loaders for training and, where there is a set for it, validation."
     train, valid = load_source(source) if isinstance(source, (str, Path)) else source
@@ -620,9 +781,11 @@ def get_dls(
     if num_workers is None: num_workers = 0 if in_memory else min(os.cpu_count() or 1, 8)
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     size, bs, pin = to_pair(img_size), recipe.batch_size if bs is None else bs, torch.device(device).type == 'cuda'
-    samples = Samples(train, size, seed, Crop(recipe.crop_scale, recipe.flip), getattr(recipe, 'repeats', 1))
-    loaders = [Loader(samples, bs, True, num_workers, pin)]
-    if valid is not None: loaders.append(Loader(Samples(valid, size, seed), bs, False, num_workers, pin))
+    if pick(decode, DECODE, 'decode') == 'device': check_device(device)
+    sets = [Samples(train, size, seed, Crop(recipe.crop_scale, recipe.flip), getattr(recipe, 'repeats', 1), decode)]
+    if valid is not None: sets.append(Samples(valid, size, seed, decode=decode))
+    for s in sets: s.check()
+    loaders = [Loader(s, bs, s is sets[0], num_workers, pin) for s in sets]
     dls = DataLoaders(*loaders, device=torch.device(device))
     dls.n_inp = 1
     return dls
