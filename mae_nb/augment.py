@@ -177,11 +177,10 @@ def augment_dls(
     images = dls.train.dataset.images
     for loader, transform, repeats in zip(dls.loaders, (augment_of(recipe, images.mean, images.std), eval_crop), (getattr(recipe, 'repeats', 1), 1)):
         own = loader.dataset
-        wanted = transform if _is_ours(own.transform) else own.transform, repeats
-        if wanted == (own.transform, own.repeats): continue
-        own.transform, own.repeats = wanted
+        was = own.transform, own.repeats
+        own.transform, own.repeats = transform if _is_ours(own.transform) else own.transform, repeats
         own.check()
-        loader.dl._iterator = None   # workers that are running have the old one
+        if was != (own.transform, own.repeats): loader.dl._iterator = None   # workers that are running have the old one
 
 # %% ../nbs/14_augment.ipynb #511472a8
 def mix_batch(
