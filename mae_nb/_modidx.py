@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mae_nb.cli.StepClock': ('cli.html#stepclock', 'mae_nb/cli.py'),
                             'mae_nb.cli.StepClock.__init__': ('cli.html#stepclock.__init__', 'mae_nb/cli.py'),
                             'mae_nb.cli.StepClock.after_batch': ('cli.html#stepclock.after_batch', 'mae_nb/cli.py'),
+                            'mae_nb.cli._decoded': ('cli.html#_decoded', 'mae_nb/cli.py'),
                             'mae_nb.cli._fast_linear': ('cli.html#_fast_linear', 'mae_nb/cli.py'),
                             'mae_nb.cli._kept': ('cli.html#_kept', 'mae_nb/cli.py'),
                             'mae_nb.cli._knn': ('cli.html#_knn', 'mae_nb/cli.py'),

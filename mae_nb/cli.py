@@ -208,10 +208,12 @@ def pretrain(
     model = seeded(seed, create_mae, name, img_size=img_size, in_chans=sets[0].in_chans, **mae_options(recipe))
     dls = batches_of(sets, recipe, img_size=model.encoder.img_size, seed=seed, num_workers=num_workers, device=device, decode=decode)
     learn = pretrain_learner(dls, model, recipe, seed=seed, out=out, **kwargs)
-    if out: make_run(out, dict(task='pretrain', data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps')) | (config or {}), resume)
+    if out: make_run(out, dict(task='pretrain', data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps')) | _decoded(decode) | (config or {}), resume)
     say(f'pretraining {name} ({sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters) on {len(sets[0]):,} images of {sets[0].name}' + (f', in {out}' if out else ''))
     if train: learn.fit_recipe()
     return learn
+
+def _decoded(decode:str) -> dict: return {} if decode == 'cpu' else dict(decode=decode)   # for a run's config, which did not always have it
 
 def say(text:str):
     "Print, in the first process only."
@@ -245,7 +247,7 @@ def finetune(
     dls = batches_of(sets, recipe, img_size=model.img_size, seed=seed, num_workers=num_workers, device=device, decode=decode)
     learner, task = (finetune_learner, 'finetune') if blocks is None else (partial(partial_learner, blocks=blocks), 'partial')
     learn = learner(dls, model, recipe, seed=seed, out=out, **kwargs)
-    if out: make_run(out, dict(task=task, data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), blocks=blocks) | (config or {}), resume)
+    if out: make_run(out, dict(task=task, data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), blocks=blocks) | _decoded(decode) | (config or {}), resume)
     if train: learn.fit_recipe()
     return learn
 
@@ -279,7 +281,7 @@ def probe(
     if once and decode != 'cpu': raise ValueError(f'--decode {decode} has no meaning for this probe, which looks at each picture once: leave it out')
     if once: recipe = change(recipe, dict(batch_size=min(recipe.batch_size, len(sets[0]))))
     dls = batches_of(sets, recipe, img_size=encoder.img_size, seed=seed, num_workers=num_workers, device=device, decode=decode)
-    told = dict(task=kind, data=absolute(sets[0].name), model=encoder.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), fast=fast) | (config or {})
+    told = dict(task=kind, data=absolute(sets[0].name), model=encoder.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), fast=fast) | _decoded(decode) | (config or {})
     if once:
         if processes() > 1: raise ValueError('this probe computes features once, in one process: start it without torchrun')
         make_run(out, told, resume)

@@ -36,7 +36,6 @@ from fastai.data.core import DataLoaders
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from .encoder import to_pair
 from .keyed import generator, key, nth_uniform
@@ -558,10 +557,10 @@ class Samples(Dataset):
     def check(self):
         "Raise a clear error where the device would have to do what it cannot."
         if self.decode == 'cpu': return
-        if isinstance(self.images.items, np.ndarray): raise ValueError(f"decode='device' has no effect on {self.images.name}, whose pictures are decoded already: leave it out")
+        if isinstance(self.images.items, np.ndarray): raise ValueError(f'--decode device has no effect on {self.images.name}, whose pictures are decoded already: leave it out')
         t = self.transform
         beyond = '' if t is None else t.beyond if isinstance(t, Crop) else '' if hasattr(t, 'view') else 'a transform of your own'
-        if beyond: raise ValueError(f"{beyond} needs the pixels on the CPU: use decode='cpu', or do without it")
+        if beyond: raise ValueError(f'{beyond} needs the pixels on the CPU: use --decode cpu, or do without it')
 
 
 # %% ../nbs/13_data.ipynb #ba0da7a1
@@ -623,13 +622,14 @@ def device_pixels(
     device,                        # torchvision decodes with nvJPEG on a GPU and with libjpeg on a CPU
 ) -> Iterator[torch.Tensor|None]:  # images (c, h, w) uint8 on the device, in order; None for what it cannot decode
     "Decode JPEGs on a device."
-    mode, ends = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB, np.cumsum([h * w for h, w in sizes])
+    ends = np.cumsum([h * w for h, w in sizes])
     for _, some in groupby(range(len(files)), lambda n: ends[n] // MAX_AT_ONCE):
         some = list(some)
-        for n, img in zip(some, _device_decode([files[n] for n in some], mode, device)):
+        for n, img in zip(some, _device_decode([files[n] for n in some], 'GRAY' if in_chans == 1 else 'RGB', device)):
             yield img if img is not None and tuple(img.shape[1:]) == tuple(sizes[n]) else None
 
-def _device_decode(files:list, mode, device) -> list:
+def _device_decode(files:list, mode:str, device) -> list:
+    from torchvision.io import decode_jpeg   # which later versions may lack: `check_device` tells
     if torch.device(device).type == 'cuda': torch.cuda.current_stream(device).synchronize()   # nvJPEG writes on a stream of its own, maybe where a picture was that is still being cropped
     try: return decode_jpeg(files, mode, device)
     except torch.OutOfMemoryError: raise
@@ -642,9 +642,10 @@ def check_device(
     Image.new('RGB', (16, 16)).save(out := io.BytesIO(), 'JPEG')
     try:
         torch.empty(0, device=device)   # says best what is wrong with the device itself
-        where = decode_jpeg([torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)], ImageReadMode.RGB, torch.device(device))[0].device
+        from torchvision.io import decode_jpeg
+        where = decode_jpeg([torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)], 'RGB', torch.device(device))[0].device
         if where.type != torch.device(device).type: raise RuntimeError(f'it takes {where} instead')
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"torchvision cannot decode JPEGs on {device} ({' '.join(str(e).split())[:200]}): use decode='cpu'") from e
+    except (ImportError, RuntimeError, AssertionError) as e: raise ValueError(f'torchvision cannot decode JPEGs on {device} ({" ".join(str(e).split())[:200]}): use --decode cpu') from e
 
 def decode_batch(
     coded:Coded,      # from a loader's worker
