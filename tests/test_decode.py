@@ -180,6 +180,13 @@ def test_pretraining(forked, tmp_path):
     said = forked('mae-pretrain', 'packed', *words, '--out', 'one', '--resume', 'auto')
     assert said.code == 2 and "one was begun with decode = 'device', and now decode = None" in said.line
 
+def test_the_loader_is_measured(forked, tmp_path):
+    mixed(tmp_path/'photos')
+    got = forked('mae-bench', 'loader', '--data', 'photos', '--model', NANO[1], '--decode', 'device', '--bs', '8', '--device', 'cpu', '--num-workers', '0', '--steps', '3', '--json', 'found.json')
+    assert got.code == 0, got.err
+    found = json.loads((tmp_path/'found.json').read_text())
+    assert found['decode'] == 'device' and found['ours'] > 0
+
 def test_what_cannot_be_done_is_told_in_one_line(forked, tmp_path):
     mixed(tmp_path/'photos')
     few = '--max-steps', '1', '--bs', '20', '--device', 'cpu', '--num-workers', '0', '--decode'
@@ -189,3 +196,13 @@ def test_what_cannot_be_done_is_told_in_one_line(forked, tmp_path):
                         (('mae-pretrain', 'photos', *NANO, *few, 'gpu'), "unknown decode 'gpu'")):
         said = forked(*words, '--out', f'run-{len(what)}')
         assert said.code == 2 and what in said.line, said.err
+
+def test_the_benchmark_still_works(tmp_path, capsys):
+    place = tmp_path/'train'/'few'; place.mkdir(parents=True)
+    for i in range(8): (place/f'{i}.JPEG').write_bytes(encoded(picture(i, 50, 64), 'JPEG'))
+    with tarfile.open(tmp_path/'some.tar', 'w') as tar: tar.add(tmp_path/'train', 'some/train')
+    from bench import feed
+    found = feed.main([str(tmp_path/'some.tar'), *'--device cpu --model mae_vit_nano_patch4_32 --bs 4 --steps 2 --workers 1 --json'.split(), str(tmp_path/'found.json')])
+    assert [r['row'] for r in found['rows']] == ['synthetic', *(f'{x}, decoded {where}' for x in ('original JPEGs', 'of 320 pixels') for where in ('by the workers', 'on cpu'))]
+    assert all(r['images_per_second'] > 0 and 0 <= r['data_wait'] < 1 for r in found['rows']) and 'goal, 95% of the synthetic rate with 16 cores' in capsys.readouterr().out
+    assert json.loads((tmp_path/'found.json').read_text())['rows'] == found['rows']
