@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PICTURE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS',
-           'MAX_ARCHIVE', 'SOURCES', 'DECODE', 'MAX_AT_ONCE', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg',
-           'jpeg_pixels', 'read_image', 'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set',
-           'folder_sets', 'load_source', 'crop_box', 'resized', 'View', 'shown', 'eval_view', 'eval_transform',
-           'train_view', 'train_transform', 'Crop', 'device_jpeg', 'Jpeg', 'enlarged', 'BadImages', 'Samples',
-           'printable', 'record_bad', 'Coded', 'collate', 'device_pixels', 'check_device', 'decode_batch',
+           'MAX_ARCHIVE', 'SOURCES', 'DECODE', 'MAX_REDUCED', 'MAX_AT_ONCE', 'to_rgb_or_grey', 'file_bytes',
+           'bare_jpeg', 'jpeg_pixels', 'read_image', 'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files',
+           'folder_set', 'folder_sets', 'load_source', 'crop_box', 'resized', 'View', 'shown', 'eval_view',
+           'eval_transform', 'train_view', 'train_transform', 'Crop', 'device_jpeg', 'Jpeg', 'enlarged', 'BadImages',
+           'Samples', 'printable', 'record_bad', 'Coded', 'collate', 'device_pixels', 'check_device', 'decode_batch',
            'KeyedBatches', 'Loader', 'get_dls']
 
 # %% ../nbs/13_data.ipynb #e5520a6f
@@ -478,12 +478,16 @@ class Crop:
 # %% ../nbs/13_data.ipynb #6a5d0011
 DECODE = ('cpu', 'device')   # who decodes JPEGs: the loader's processes, or the device that trains
 
+MAX_REDUCED = 32   # times: torch's scaling on a GPU has no room for much more, and a CPU decodes an eighth of so large a picture
+
 def device_jpeg(
-    data:bytes,     # a file
-) -> tuple|None:    # a bare copy, rows, columns; None for what is to be read here
+    data:bytes,            # a file
+    size:tuple[int, int],  # (rows, columns) of a sample
+) -> tuple|None:           # a bare copy, rows, columns; None for what is to be read here
     "A JPEG that a device can decode as it stands; an error as from `read_image` where its header is bad."
     if data[:3] != b'\xff\xd8\xff': return None
     bare, h, w, space, turn = _jpeg_head(data)
+    if h > MAX_REDUCED * size[0] or w > MAX_REDUCED * size[1]: return None
     return (bare, h, w) if space in ('Gray', 'YCbCr') and turn == 1 and bare.rfind(b'\xff\xd9') > 0 else None
 
 class Jpeg(NamedTuple):
@@ -536,7 +540,7 @@ class Samples(Dataset):
         i, bad = index, []
         while True:
             try:
-                coded = (decode or self.decode) == 'device' and device_jpeg(self.images.data(i))
+                coded = (decode or self.decode) == 'device' and device_jpeg(self.images.data(i), self.size)
                 img = Jpeg(coded[0], coded[1:], (epoch, index)) if coded else self.images.read(i, least); break
             except Exception as e:
                 bad.append((i, why_bad(e)))

@@ -114,7 +114,7 @@ def test_bad_files_have_the_same_stand_ins_and_are_named_once(tmp_path, capsys, 
     folder = mixed(tmp_path/'photos')
     for name, cut in (('even/010.jpeg', 500), ('odd/011.jpeg', -1)): (folder/name).write_bytes((folder/name).read_bytes()[:cut])   # in its header, and amid its pixels
     (folder/'odd'/'021.jpeg').write_bytes(damaged((folder/'odd'/'021.jpeg').read_bytes()))
-    assert data.device_jpeg((folder/'odd'/'021.jpeg').read_bytes())   # the device is tried
+    assert data.device_jpeg((folder/'odd'/'021.jpeg').read_bytes(), (32, 32))   # the device is tried
     images, seen = data.folder_set(folder), {}
     monkeypatch.setattr(data.Loader, 'max_bad', .05)
     for d in ('cpu', 'device'):
