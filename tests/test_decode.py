@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from test_bad_data import encoded, picture
+from test_bad_data import encoded, mutated, picture, read, seeds
 from test_crops import photo
 
 from mae_nb import data
@@ -125,6 +125,16 @@ def test_bad_files_have_the_same_stand_ins_and_are_named_once(tmp_path, capsys, 
     for (x, i, a), (y, j, b) in zip(*seen.values(), strict=True): assert torch.equal(i, j) and torch.equal(a, b) and (x.float() - y).abs().mean((1, 2, 3)).max() < 4
     listed = [sorted(row for row in csv.reader(open(tmp_path/f'{d}.csv'))) for d in seen]
     assert listed[0] == listed[1] and len(listed[0]) == 4
+
+def test_no_cut_file_is_sent_and_no_good_one_is_lost():
+    originals, rng = [d for d in seeds() if d[:2] == b'\xff\xd8'], np.random.default_rng(0)
+    for n in range(400):
+        how, raw = mutated(originals[n % len(originals)], originals, rng)
+        good = isinstance(read(raw), torch.Tensor)
+        try: sent = data.device_jpeg(raw, (64, 64))
+        except Exception: sent = None; assert not good
+        assert not (sent and how == 1 and not good)
+        if good: assert sent and next(data.device_pixels([torch.frombuffer(bytearray(sent[0]), dtype=torch.uint8)], [sent[1:]], 3, 'cpu')) is not None
 
 def refuse_on_device(monkeypatch, *raws):
     "A device that takes no batch with these files in it."
