@@ -51,7 +51,6 @@ def fixed_crop(
     "The row 'fixed' of Table 1e, without its flip."
     return shown(img, fixed_view(img.shape[1:], k, size), size)
 
-
 # %% ../nbs/14_augment.ipynb #1a2a8212
 _JITTER = v2.ColorJitter(.4, .4, .4)   # Table 1e does not say how strong; these are usual
 
@@ -162,7 +161,6 @@ def eval_crop(
 
 def _eval_crop_view(k, size, *whole): return eval_view(whole, size, None if min(size) <= 224 else 1.)
 eval_crop.view = _eval_crop_view
-
 
 # %% ../nbs/14_augment.ipynb #fb9f0b05
 def _is_ours(transform) -> bool:

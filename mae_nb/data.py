@@ -380,7 +380,6 @@ def resized(
     imgs = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)   # as a batch whose channels lie together in memory: so torch takes it without copies
     return interpolate(imgs, tuple(size), mode='bicubic', antialias=True)[0]
 
-
 # %% ../nbs/13_data.ipynb #6a5d0002
 class View(NamedTuple):
     "What a sample shows of a picture, in pixels."
@@ -407,7 +406,6 @@ def shown(
     img = img[:, v.down:v.down + size[0], v.right:v.right + size[1]]
     return img.flip(-1) if v.mirrored else img
 
-
 # %% ../nbs/13_data.ipynb #77d524e7
 def eval_view(
     whole:tuple[int, int],  # (rows, columns) of the image
@@ -427,7 +425,6 @@ def eval_transform(
 ) -> torch.Tensor:         # image (c, *size), uint8
     "What is seen in validation: the image's middle."
     return shown(img, eval_view(img.shape[1:], size), size)
-
 
 # %% ../nbs/13_data.ipynb #6a5d0004
 def train_view(
@@ -451,7 +448,6 @@ def train_transform(
 ) -> torch.Tensor:               # image (c, *size), uint8
     "What is seen in training."
     return shown(img, train_view(img.shape[1:], k, size, crop_scale, flip), size)
-
 
 # %% ../nbs/13_data.ipynb #185b40b2
 @dataclass(frozen=True)
@@ -505,7 +501,6 @@ def enlarged(
     "The same part of the whole picture."
     t, l, h, w = (f * n for n in view[:4])
     return view._replace(top=t, left=l, rows=min(h, whole[0] - t), columns=min(w, whole[1] - l))
-
 
 # %% ../nbs/13_data.ipynb #e645cd1c
 class BadImages(RuntimeError):
@@ -566,7 +561,6 @@ class Samples(Dataset):
         beyond = '' if t is None else t.beyond if isinstance(t, Crop) else '' if hasattr(t, 'view') else 'a transform of your own'
         if beyond: raise ValueError(f'{beyond} needs the pixels on the CPU: use --decode cpu, or do without it')
 
-
 # %% ../nbs/13_data.ipynb #ba0da7a1
 def printable(
     file:str|Path,  # its name may hold any bytes but 0
@@ -615,7 +609,6 @@ def collate(
     else: imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
     return imgs, torch.tensor(index), torch.tensor(labels), sum(bad, [])
 
-
 # %% ../nbs/13_data.ipynb #6a5d0021
 MAX_AT_ONCE = 2**27   # pixels decoded in one call: 400 MB in RGB
 
@@ -652,22 +645,21 @@ def check_device(
     except (ImportError, RuntimeError, AssertionError) as e: raise ValueError(f'torchvision cannot decode JPEGs on {device} ({" ".join(str(e).split())[:200]}): use --decode cpu') from e
 
 def decode_batch(
-    coded:Coded,      # from a loader's worker
-    samples:Samples,  # whose it is
-    device,           # that decodes
-) -> tuple:           # images (b, c, *size) uint8 on the device; place in the batch -> (label, bad files) of what the CPU had to read
+    coded:Coded,           # from a loader's worker
+    size:tuple[int, int],  # (rows, columns) of a sample
+    in_chans:int,          # channels wanted: 1 or 3
+    device,                # that decodes
+) -> tuple:                # images (b, c, *size) uint8 on the device; [(places in the batch, epoch, index)] of the files that it cannot decode, whose images are black
     "A batch's pixels, cropped."
-    out, again, of_file = [None] * len(coded.views), {}, {}
+    out, failed, of_file = [None] * len(coded.views), [], {}
     for place, (n, *view) in enumerate(coded.views.tolist()): of_file.setdefault(n, []).append((place, View(*view)))
     for (place, _), img in zip(of_file.pop(-1, ()), coded.imgs.to(device)): out[place] = img
     lengths, *sizes, epochs, index = zip(*coded.files.tolist())
     scale = lambda img, size: interpolate(img[None].float(), size, mode='bicubic', antialias=True)[0]
-    for n, img in enumerate(device_pixels(coded.data.split(lengths), list(zip(*sizes)), samples.images.in_chans, device)):
-        for place, view in of_file[n] if img is not None else (): out[place] = shown(img, view, samples.size, scale)
-        if img is None:
-            for (place, _), (img, label, _, bad) in zip(of_file[n], samples.visit(epochs[n], index[n], 'cpu')): out[place], again[place] = img.to(device), (label, bad)
-    return torch.stack([img.float() for img in out]).clamp(0, 255).round().byte(), again
-
+    for n, img in enumerate(device_pixels(coded.data.split(lengths), list(zip(*sizes)), in_chans, device)):
+        if img is None: failed.append(([place for place, _ in of_file[n]], epochs[n], index[n]))
+        for place, view in of_file[n]: out[place] = torch.zeros(in_chans, *size, device=device) if img is None else shown(img, view, size, scale)
+    return torch.stack([img.float() for img in out]).clamp(0, 255).round().byte(), failed
 
 # %% ../nbs/13_data.ipynb #723299dd
 class KeyedBatches:
@@ -733,33 +725,36 @@ class Loader:
         with ThreadPoolExecutor(1) as pool:
             coming = None
             for batch in self.dl:
-                ready, coming = coming, pool.submit(self.finish, batch)
-                if ready: yield self.taken(ready.result())
-            if coming: yield self.taken(coming.result())
+                ready, coming = coming, pool.submit(self.on_device, *batch)
+                if ready: yield self.taken(*ready.result())
+            if coming: yield self.taken(*coming.result())
 
-    def finish(self, batch):
-        "The device's part, to its end, beside the training step."
-        imgs, index, labels, bad = batch
+    def on_device(self, imgs, index, labels, bad):
+        "The device's part of a batch, to its end, beside the training step."
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            imgs, again = decode_batch(imgs, self.dataset, self.device) if isinstance(imgs, Coded) else (imgs.to(self.device).contiguous(), {})
+            if isinstance(imgs, Coded): imgs, failed = decode_batch(imgs, self.dataset.size, self.dataset.images.in_chans, self.device)
+            else: imgs, failed = imgs.to(self.device).contiguous(), []
         if self.stream: self.stream.synchronize()
-        for place, (label, more) in again.items(): labels[place] = label; bad = bad + more
-        if any(not more for _, more in again.values()) and not self.told:
-            self.told = True
-            print(f'note: a JPEG of sample {index[min(again)]} was decoded on the CPU, as {self.device} could not; others like it are not told', flush=True)
-        return imgs, index, labels, bad
+        return imgs, index, labels, bad, failed
 
-    def taken(self, batch):
-        "A batch, handed to the stream that trains."
-        if self.stream: batch[0].record_stream(torch.cuda.current_stream(self.device))
-        return batch
+    def taken(self, imgs, index, labels, bad, failed):
+        "A batch in the hands of the stream that trains; what the device cannot decode is read here, or has its stand-in."
+        if self.stream: imgs.record_stream(torch.cuda.current_stream(self.device))
+        for places, epoch, i in failed:
+            samples = self.dataset.visit(epoch, i, 'cpu')
+            for place, (img, label, *_) in zip(places, samples): imgs[place], labels[place] = img.to(self.device), label
+            bad = bad + samples[0][3]
+            if not samples[0][3] and not self.told:
+                self.told = True
+                print(f'note: {self.device} cannot decode {printable(self.dataset.images.file(i))}, the CPU does; others like it are not told', flush=True)
+        return imgs, index, labels, bad
 
     def note(self, bad):
         "Name each bad file once; stop when there are too many."
         hopeless = any(i is None for i, _ in bad)
         new = {i: reason for i, reason in bad if i is not None and i not in self.bad}
         allowed = int(self.max_bad * len(self.dataset))
-        new = dict(islice(new.items(), allowed + 1 - len(self.bad)))   # the first one too many stops the run
+        new = dict(islice(new.items(), max(allowed + 1 - len(self.bad), 0)))   # the first one too many stops the run
         named = {printable(self.dataset.images.file(i)): reason for i, reason in new.items()}
         for file, reason in named.items(): print(f'could not read {file}, another image stands in for it: {reason}', flush=True)
         self.bad |= new
