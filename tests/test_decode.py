@@ -93,6 +93,9 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
     for a, *others in zip(*runs, strict=True):
         assert a[0].shape == (50, 3, 32, 32)
         for b in others: assert all(torch.equal(x, y) for x, y in zip(a, b))
+    loader = get_dls((images, None), change(RECIPE, dict(repeats=2)), img_size=32, num_workers=0, device='cpu', decode='device').train
+    loader.set_epoch(3, 2)   # a run that goes on
+    for a, b in zip(runs[0][2:], loader, strict=True): assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 def test_processes_share_the_same_samples(tmp_path):
     images, recipe = data.folder_set(mixed(tmp_path/'photos')), change(RECIPE, dict(batch_size=20))
