@@ -22,6 +22,7 @@ from mae_nb.shards import Files, Part, pack
 
 RECIPE = change(RECIPES['pretrain'], dict(batch_size=25))
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='nvJPEG needs a GPU')
+LOOSE = dict(cpu=1, cuda=2)   # nvJPEG scales up colours in a way of its own; how far off that may be is a guess until a GPU has run this
 DEVICES = ['cpu', pytest.param('cuda', marks=CUDA)]
 
 class Bytes(list):
@@ -49,14 +50,14 @@ def test_real_photographs(shared_data, device):
     with tarfile.open(shared_data/'imagenet_sample.tar') as tar: raws = [tar.extractfile(m).read() for m in tar if m.name.endswith('.JPEG')]
     found = differences(raws, device)
     print(f'{device}: {found.mean():.3f} grey levels on average, {found.max():.2f} in the worst of {len(found)} crops')
-    assert len(found) == len(raws) and found.mean() < 1 and np.quantile(found, .99) < 2 and found.max() < 5   # the worst were decoded at a half on the CPU
+    assert len(found) == len(raws) and (found / LOOSE[device]).mean() < 1 and np.quantile(found, .99) < 2 * LOOSE[device] and found.max() < 5 * LOOSE[device]   # the worst were decoded at a half on the CPU
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('mode, side', [('RGB', 400), ('RGB', 1203), ('RGB', 2401), ('L', 400), ('L', 1203), ('CMYK', 400)])
 def test_made_photographs(device, mode, side):
     found = differences([photo(mode, turn, side) for turn in (1, 3, 6, 8)], device, recipe=change(RECIPE, dict(batch_size=2)))
     print(f'{mode} {side}: {found.mean():.3f} grey levels, worst {found.max():.2f}')
-    assert found.max() < 2
+    assert found.max() < 2 * LOOSE[device]
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('kind', ['progressive', 'restarts', 'full colour', 'a film behind it', 'camera notes', 'odd sides', 'one channel wanted'])
@@ -67,7 +68,7 @@ def test_kinds_of_jpegs(device, kind):
     images = pictures(raws)
     if kind == 'one channel wanted': images = replace(images, mean=(.5,), std=(.5,))
     told = dict(recipe=change(RECIPE, dict(batch_size=2)), size=(96, 128))
-    for (x, *_), (y, *_) in zip(batches(images, 'device', device, **told)[0], batches(images, 'cpu', 'cpu', **told)[0]): assert (x.float() - y).abs().mean() < 2
+    for (x, *_), (y, *_) in zip(batches(images, 'device', device, **told)[0], batches(images, 'cpu', 'cpu', **told)[0]): assert (x.float() - y).abs().mean() < 2 * LOOSE[device]
 
 @pytest.mark.parametrize('augment', ['random', 'fixed', 'none'])
 def test_every_crop_that_numbers_tell(augment):
