@@ -198,6 +198,7 @@ def pretrain(
     seed:int=0,
     num_workers=None,
     device=None,
+    decode:str='cpu',   # one of `DECODE`
     config:dict=None,   # more for `config.json`
     resume:bool=False,  # go on with the run if it is there
     train:bool=True,    # or only make the learner
@@ -205,12 +206,14 @@ def pretrain(
 ) -> TaskLearner:
     "Pretrain into a run folder."
     model = seeded(seed, create_mae, name, img_size=img_size, in_chans=sets[0].in_chans, **mae_options(recipe))
-    dls = batches_of(sets, recipe, img_size=model.encoder.img_size, seed=seed, num_workers=num_workers, device=device)
+    dls = batches_of(sets, recipe, img_size=model.encoder.img_size, seed=seed, num_workers=num_workers, device=device, decode=decode)
     learn = pretrain_learner(dls, model, recipe, seed=seed, out=out, **kwargs)
-    if out: make_run(out, dict(task='pretrain', data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps')) | (config or {}), resume)
+    if out: make_run(out, dict(task='pretrain', data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps')) | _decoded(decode) | (config or {}), resume)
     say(f'pretraining {name} ({sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters) on {len(sets[0]):,} images of {sets[0].name}' + (f', in {out}' if out else ''))
     if train: learn.fit_recipe()
     return learn
+
+def _decoded(decode:str) -> dict: return {} if decode == 'cpu' else dict(decode=decode)   # for a run's config, which did not always have it
 
 def say(text:str):
     "Print, in the first process only."
@@ -234,16 +237,17 @@ def finetune(
     seed:int=0,
     num_workers=None,
     device=None,
+    decode:str='cpu',   # one of `DECODE`
     config:dict=None,   # more for `config.json`
     resume:bool=False,  # go on with the run if it is there
     train:bool=True,    # or only make the learner
     **kwargs,           # of `TaskLearner`: max_steps, valid_every, save_every, if_full
 ) -> TaskLearner:
     "Fine-tune a classifier, in whole or in part, or train it from scratch, into a run folder."
-    dls = batches_of(sets, recipe, img_size=model.img_size, seed=seed, num_workers=num_workers, device=device)
+    dls = batches_of(sets, recipe, img_size=model.img_size, seed=seed, num_workers=num_workers, device=device, decode=decode)
     learner, task = (finetune_learner, 'finetune') if blocks is None else (partial(partial_learner, blocks=blocks), 'partial')
     learn = learner(dls, model, recipe, seed=seed, out=out, **kwargs)
-    if out: make_run(out, dict(task=task, data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), blocks=blocks) | (config or {}), resume)
+    if out: make_run(out, dict(task=task, data=absolute(sets[0].name), model=model.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), blocks=blocks) | _decoded(decode) | (config or {}), resume)
     if train: learn.fit_recipe()
     return learn
 
@@ -262,6 +266,7 @@ def probe(
     seed:int=0,
     num_workers=None,
     device=None,
+    decode:str='cpu',   # one of `DECODE`
     config:dict=None,   # more for `config.json`
     resume:bool=False,  # go on with the run if it is there
     train:bool=True,    # or only make the learner
@@ -270,12 +275,13 @@ def probe(
     "Measure an encoder into a run folder."
     if kind == 'partial':
         model, _ = seeded(seed, classifier_from, encoder, len(sets[0].classes), recipe.pool, recipe.drop_path)
-        learn = finetune(sets, model, recipe, out, blocks=blocks, seed=seed, num_workers=num_workers, device=device, config=config, resume=resume, train=train, **kwargs)
+        learn = finetune(sets, model, recipe, out, blocks=blocks, seed=seed, num_workers=num_workers, device=device, decode=decode, config=config, resume=resume, train=train, **kwargs)
         return measures(learn) if train else dict(learn=learn)
     once = kind == 'knn' or fast   # features computed once: any batch will do
+    if once and decode != 'cpu': raise ValueError(f'--decode {decode} has no meaning for this probe, which looks at each picture once: leave it out')
     if once: recipe = change(recipe, dict(batch_size=min(recipe.batch_size, len(sets[0]))))
-    dls = batches_of(sets, recipe, img_size=encoder.img_size, seed=seed, num_workers=num_workers, device=device)
-    told = dict(task=kind, data=absolute(sets[0].name), model=encoder.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), fast=fast) | (config or {})
+    dls = batches_of(sets, recipe, img_size=encoder.img_size, seed=seed, num_workers=num_workers, device=device, decode=decode)
+    told = dict(task=kind, data=absolute(sets[0].name), model=encoder.config, recipe=as_config(recipe), seed=seed, max_steps=kwargs.get('max_steps'), fast=fast) | _decoded(decode) | (config or {})
     if once:
         if processes() > 1: raise ValueError('this probe computes features once, in one process: start it without torchrun')
         make_run(out, told, resume)
@@ -375,6 +381,7 @@ def mae_pretrain(
     seed:int=0,            # of weights, order, crops and masks
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
@@ -397,7 +404,7 @@ def run_pretrain(f:dict, place:dict, train:bool=True) -> TaskLearner:
 
 def common(f:dict) -> dict:
     "What the flags of every training command give its learner."
-    return dict(seed=f['seed'], num_workers=f['num_workers'], max_steps=f['max_steps'], save_every=f['save_every'], if_full=f['if_full'], resume=f['resume'],
+    return dict(seed=f['seed'], num_workers=f['num_workers'], decode=f['decode'], max_steps=f['max_steps'], save_every=f['save_every'], if_full=f['if_full'], resume=f['resume'],
                 config=dict(command=f['command']))
 
 # %% ../nbs/26_cli.ipynb #cb8e4239
@@ -417,6 +424,7 @@ def mae_finetune(
     seed:int=0,            # of new weights, order, crops, drop path and mixup
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     json:str=None,         # also write the numbers to this file
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
@@ -468,6 +476,7 @@ def mae_probe(
     seed:int=0,            # of new weights, order, crops and mixup
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     json:str=None,         # also write the numbers to this file
     resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
@@ -687,9 +696,10 @@ def bench_loader(
     batches:int=20,  # timed
     num_workers:int=None,
     device='cpu',
+    decode:str='cpu',   # one of `DECODE`
 ) -> dict:           # samples a second
     "The training loader alone, after its first batch."
-    dls = get_dls(sets, recipe, img_size=img_size, bs=bs, num_workers=num_workers, device=device)
+    dls = get_dls(sets, recipe, img_size=img_size, bs=bs, num_workers=num_workers, device=device, decode=decode)
     augment_dls(dls, recipe)
     if len(dls.train) < 2: raise ValueError(f'{sets[0].name} has only {len(sets[0])} images: use --bs {len(sets[0]) // 2} or less')
     it = iter(dls.train); next(it)
@@ -783,6 +793,7 @@ def mae_bench(
     pairs:int=9,           # turns
     dtype:str=None,        # float32 or bfloat16; by default float32 on a CPU, bfloat16 on a GPU
     num_workers:int=None,  # loader: processes that read images
+    decode:str='cpu',      # loader: who decodes JPEGs, cpu or device
     folder:str=None,       # save: on the disk to measure; by default the system's for temporary files
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     json:str=None,         # also write the numbers to this file
@@ -792,7 +803,7 @@ def mae_bench(
     with command(mae_bench, debug):
         pick(what, ('step', 'loader', 'learner', 'save'), 'bench'); pick(task, ('pretrain', 'finetune'), '--task')
         if bs < 1: raise ValueError(f'--bs must be at least 1, got {bs}')
-        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--num-workers', num_workers is not None, 'loader'), ('--folder', folder is not None, 'save')):
+        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--num-workers', num_workers is not None, 'loader'), ('--decode', decode != 'cpu', 'loader'), ('--folder', folder is not None, 'save')):
             if given and what != home: raise ValueError(f'{flag} has no meaning for {what}, only for {home}')
         device, recipe = get_device(device), change(RECIPES[task], set or ())
         dtype = pick(dtype or ('float32' if device.type == 'cpu' else 'bfloat16'), DTYPES, '--dtype')
@@ -805,10 +816,10 @@ def mae_bench(
         net = net.to(device)
         if what in ('loader', 'save') and switches != switches_of(RECIPES[task]): raise ValueError(f'{", ".join(SWITCHES)} have no meaning for {what}, only for step and learner')
         if what == 'step': found = bench_step(net, bs, against, like, pairs=pairs, steps=steps, dtype=dtype, **switches)
-        if what == 'loader': found = bench_loader(load_source(data), recipe, bs, net.encoder.img_size, batches=steps or 30, num_workers=num_workers, device=device)
+        if what == 'loader': found = bench_loader(load_source(data), recipe, bs, net.encoder.img_size, batches=steps or 30, num_workers=num_workers, device=device, decode=decode)
         if what == 'learner': found = bench_learner(net, change(recipe, dict(amp=dtype == 'bfloat16')), bs, pairs=pairs, steps=steps or 30)
         if what == 'save': found = bench_save(net, pairs, folder)
-        used = dict(step=dict(task=task, against=against, dtype=dtype, pairs=pairs), loader=dict(data=data), learner=dict(dtype=dtype, pairs=pairs), save=dict(pairs=pairs))[what]
+        used = dict(step=dict(task=task, against=against, dtype=dtype, pairs=pairs), loader=dict(data=data, decode=decode), learner=dict(dtype=dtype, pairs=pairs), save=dict(pairs=pairs))[what]
         result = dict(bench=what) | found | dict(model=model, bs=bs, set=set or []) | used | machine(device, DTYPES[dtype], (against,) if against else ())
         for k, v in found.items(): print(f'{k:16} {v:.4g}')
         print(f"{result['device_name']}, {result['threads']} threads, matrix products at {result['matmul_gflops']:.0f} GFLOP a second")

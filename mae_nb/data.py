@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'PICTURE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS',
-           'MAX_ARCHIVE', 'SOURCES', 'to_rgb_or_grey', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
-           'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files', 'folder_set', 'folder_sets', 'load_source',
-           'crop_box', 'resized', 'train_transform', 'Crop', 'eval_transform', 'BadImages', 'Samples', 'printable',
-           'record_bad', 'collate', 'KeyedBatches', 'Loader', 'get_dls']
+           'MAX_ARCHIVE', 'SOURCES', 'DECODE', 'MAX_REDUCED', 'MAX_AT_ONCE', 'to_rgb_or_grey', 'file_bytes',
+           'bare_jpeg', 'jpeg_pixels', 'read_image', 'ImageSet', 'fashion', 'cifar10', 'why_bad', 'image_files',
+           'folder_set', 'folder_sets', 'load_source', 'crop_box', 'resized', 'View', 'shown', 'eval_view',
+           'eval_transform', 'train_view', 'train_transform', 'Crop', 'device_jpeg', 'Jpeg', 'enlarged', 'BadImages',
+           'Samples', 'printable', 'record_bad', 'Coded', 'collate', 'device_pixels', 'check_device', 'decode_batch',
+           'KeyedBatches', 'Loader', 'get_dls']
 
 # %% ../nbs/13_data.ipynb #e5520a6f
 import csv
@@ -17,11 +19,15 @@ import re
 import stat
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -30,7 +36,6 @@ from fastai.data.core import DataLoaders
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms.v2 import functional as TF
 
 from .encoder import to_pair
 from .keyed import generator, key, nth_uniform
@@ -148,10 +153,8 @@ def read_image(
 
 def _read_jpeg(data:bytes, in_chans:int, shrink) -> torch.Tensor:
     "A JPEG, without PIL where that is not needed."
-    bare, exif = bare_jpeg(data)
-    h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
-    _check_size(h, w)
-    turn, inks = _turn(data) if exif else 1, space in ('CMYK', 'YCCK')
+    bare, h, w, space, turn = _jpeg_head(data)
+    inks = space in ('CMYK', 'YCCK')
     less = 1 if inks or not shrink else shrink(w, h) if turn in (5, 6, 7, 8) else shrink(h, w)
     pixels = jpeg_pixels(bare, 'CMYK' if inks else 'GRAY' if in_chans == 1 and space == 'Gray' else 'RGB', less)
     if turn == 1 and pixels.shape[2] == in_chans: return torch.from_numpy(pixels).permute(2, 0, 1)   # nearly all files
@@ -159,6 +162,13 @@ def _read_jpeg(data:bytes, in_chans:int, shrink) -> torch.Tensor:
     im = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     im.getexif()[0x112] = turn
     return _from_pil(im, in_chans)
+
+def _jpeg_head(data:bytes) -> tuple:
+    "What is known of a JPEG before its pixels: a bare copy, rows, columns, colour space, and how it is to be turned."
+    bare, exif = bare_jpeg(data)
+    h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
+    _check_size(h, w)
+    return bare, h, w, space, _turn(data) if exif else 1
 
 def _check_size(h:int, w:int):
     if w * h > MAX_PIXELS: raise ValueError(f'{w} x {h} pixels are more than {MAX_PIXELS:,}')
@@ -191,8 +201,11 @@ class ImageSet:
     def read(self, i:int, shrink:Callable|None=None) -> torch.Tensor:  # image (c, h, w), uint8
         "Image number `i`; `shrink` as in `read_image`."
         if isinstance(self.items, np.ndarray): return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        item = self.items[i]
-        return read_image(io.BytesIO(item) if isinstance(item, bytes) else item, self.in_chans, shrink)
+        return read_image(io.BytesIO(self.data(i)), self.in_chans, shrink)
+
+    def data(self, i:int) -> bytes:
+        "What the file of image number `i` holds."
+        return item if isinstance(item := self.items[i], bytes) else file_bytes(item)
 
     def file(self, i:int) -> str:
         "What to call image number `i`, for messages."
@@ -367,19 +380,74 @@ def resized(
     imgs = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)   # as a batch whose channels lie together in memory: so torch takes it without copies
     return interpolate(imgs, tuple(size), mode='bicubic', antialias=True)[0]
 
-def train_transform(
-    img:torch.Tensor,            # image (c, h, w), uint8
+# %% ../nbs/13_data.ipynb #6a5d0002
+class View(NamedTuple):
+    "What a sample shows of a picture, in pixels."
+    top: int          # the box of the picture
+    left: int
+    rows: int
+    columns: int
+    height: int       # what the box is scaled to
+    width: int
+    down: int         # where the sample begins in it
+    right: int
+    mirrored: bool
+
+def shown(
+    img:torch.Tensor,      # image (c, h, w)
+    view:View,             # of it
+    size:tuple[int, int],  # (rows, columns) of the sample
+    scale:Callable=resized,  # takes (image, size)
+) -> torch.Tensor:         # image (c, *size)
+    "What a view shows of its picture."
+    v = view
+    img = img[:, v.top:v.top + v.rows, v.left:v.left + v.columns]
+    if img.shape[1:] != (v.height, v.width): img = scale(img, (v.height, v.width))
+    img = img[:, v.down:v.down + size[0], v.right:v.right + size[1]]
+    return img.flip(-1) if v.mirrored else img
+
+# %% ../nbs/13_data.ipynb #77d524e7
+def eval_view(
+    whole:tuple[int, int],  # (rows, columns) of the image
+    size:tuple[int, int],   # (rows, columns) wanted
+    more:float|None=None,   # of the size is covered; by default 256/224, and 1 below 64 pixels
+) -> View:
+    "The middle of the image, scaled until it covers a little more than the size; images that fit are left alone."
+    (h, w), (H, W) = whole, size
+    if (h, w) == (H, W): return View(0, 0, h, w, h, w, 0, 0, False)
+    s = max(H / h, W / w) * (more or (256 / 224 if min(size) >= 64 else 1))
+    rows, cols = max(round(h * s), H), max(round(w * s), W)
+    return View(0, 0, h, w, rows, cols, round((rows - H) / 2), round((cols - W) / 2), False)
+
+def eval_transform(
+    img:torch.Tensor,      # image (c, h, w), uint8
+    size:tuple[int, int],  # (rows, columns) wanted
+) -> torch.Tensor:         # image (c, *size), uint8
+    "What is seen in validation: the image's middle."
+    return shown(img, eval_view(img.shape[1:], size), size)
+
+# %% ../nbs/13_data.ipynb #6a5d0004
+def train_view(
+    whole:tuple[int, int],       # (rows, columns) of the image
     k:Callable[[str], int],      # gives the key for a purpose
     size:tuple[int, int],        # (rows, columns) wanted
     crop_scale:tuple[float, float]=(.2, 1.),  # share of the image's area that a crop takes; (1, 1) = the whole image
     flip:bool=True,              # mirror half of the images
-) -> torch.Tensor:               # image (c, *size), uint8
+) -> View:
     "Random resized crop and flip, drawn from the sample's keys."
-    if tuple(crop_scale) != (1., 1.):
-        t, l, h, w = crop_box(img.shape[1:], crop_scale, k('crop'))
-        img = resized(img[:, t:t + h, l:l + w], size)
-    elif tuple(img.shape[1:]) != tuple(size): img = eval_transform(img, size)
-    return img.flip(-1) if flip and nth_uniform(k('flip'), 0) < .5 else img
+    mirrored = flip and nth_uniform(k('flip'), 0) < .5
+    if tuple(crop_scale) == (1., 1.): return eval_view(whole, size)._replace(mirrored=mirrored)
+    return View(*crop_box(whole, crop_scale, k('crop')), *size, 0, 0, mirrored)
+
+def train_transform(
+    img:torch.Tensor,            # image (c, h, w), uint8
+    k:Callable[[str], int],      # gives the key for a purpose
+    size:tuple[int, int],        # (rows, columns) wanted
+    crop_scale:tuple[float, float]=(.2, 1.),  # as for `train_view`
+    flip:bool=True,
+) -> torch.Tensor:               # image (c, *size), uint8
+    "What is seen in training."
+    return shown(img, train_view(img.shape[1:], k, size, crop_scale, flip), size)
 
 # %% ../nbs/13_data.ipynb #185b40b2
 @dataclass(frozen=True)
@@ -387,8 +455,10 @@ class Crop:
     "`train_transform` with its options; can be sent to a loader's worker."
     crop_scale: tuple = (.2, 1.)   # share of the image's area that a crop takes
     flip: bool = True              # mirror half of the images
+    beyond = ''                    # what is done that no `View` tells
 
     def __call__(self, img, k, size): return train_transform(img, k, size, self.crop_scale, self.flip)
+    def view(self, k, size, *whole): return train_view(whole, k, size, self.crop_scale, self.flip)   # what it shows of a picture of so many rows and columns
 
     def shrink(self,
         k:Callable[[str], int],    # gives the key for a purpose
@@ -401,17 +471,36 @@ class Crop:
         while f < 8 and enough(less := [-(-n // (2 * f)) for n in whole]) and enough(crop_box(less, self.crop_scale, k('crop'))[2:]): f *= 2
         return f
 
-# %% ../nbs/13_data.ipynb #77d524e7
-def eval_transform(
-    img:torch.Tensor,      # image (c, h, w), uint8
-    size:tuple[int, int],  # (rows, columns) wanted
-) -> torch.Tensor:         # image (c, *size), uint8
-    "Scale the image until it covers 256/224 of the size, and take the middle; small images that fit are left alone."
-    if tuple(img.shape[1:]) == tuple(size): return img
-    (h, w), (H, W) = img.shape[1:], size
-    s = max(H / h, W / w) * (256 / 224 if min(size) >= 64 else 1)
-    img = resized(img, (max(round(h * s), H), max(round(w * s), W)))
-    return TF.center_crop(img, [H, W])
+# %% ../nbs/13_data.ipynb #6a5d0011
+DECODE = ('cpu', 'device')   # who decodes JPEGs: the loader's processes, or the device that trains
+
+MAX_REDUCED = 32   # times: torch's scaling on a GPU has no room for much more, and a CPU decodes an eighth of so large a picture
+
+def device_jpeg(
+    data:bytes,            # a file
+    size:tuple[int, int],  # (rows, columns) of a sample
+) -> tuple|None:           # a bare copy, rows, columns; None for what is to be read here
+    "A JPEG that a device can decode as it stands; an error as from `read_image` where its header is bad."
+    if data[:3] != b'\xff\xd8\xff': return None
+    bare, h, w, space, turn = _jpeg_head(data)
+    if h > MAX_REDUCED * size[0] or w > MAX_REDUCED * size[1]: return None
+    return (bare, h, w) if space in ('Gray', 'YCbCr') and turn == 1 and bare.rfind(b'\xff\xd9') > 0 else None
+
+class Jpeg(NamedTuple):
+    "A file that the device is to decode, and what a sample shows of it."
+    data: bytes        # without notes
+    whole: tuple       # its rows and columns
+    where: tuple       # (epoch, index) of the sample
+    view: View|None = None
+
+def enlarged(
+    view:View,              # of a picture whose rows and columns are divided by `f`
+    f:int,
+    whole:tuple[int, int],  # rows and columns of the picture
+) -> View:
+    "The same part of the whole picture."
+    t, l, h, w = (f * n for n in view[:4])
+    return view._replace(top=t, left=l, rows=min(h, whole[0] - t), columns=min(w, whole[1] - l))
 
 # %% ../nbs/13_data.ipynb #e645cd1c
 class BadImages(RuntimeError):
@@ -426,29 +515,51 @@ class Samples(Dataset):
         seed:int=0,                # the run's seed
         transform:Callable|None=None,  # takes (image, k, size); `eval_transform` without a key if None
         repeats:int=1,             # samples of one picture that is read once
+        decode:str='cpu',          # one of `DECODE`; with 'device' some samples are a `Jpeg`
     ):
-        self.images, self.size, self.seed, self.transform, self.repeats = images, size, seed, transform, repeats
+        self.images, self.size, self.seed, self.transform, self.repeats, self.decode = images, size, seed, transform, repeats, decode
 
     def __len__(self): return len(self.images)
     def __getitem__(self, where:tuple[int, int]): return self.visit(*where)[0]
     def __getitems__(self, batch:list): return [s for where in batch for s in self.visit(*where)]   # what a loader asks for
 
-    def visit(self, epoch:int, index:int) -> list:   # of (image (c, *size), label, index, [(name, reason), ...]), `repeats` of them
+    def visit(self,
+        epoch:int,
+        index:int,
+        decode:str|None=None,   # one of `DECODE`; as told before if None
+    ) -> list:                  # of (image (c, *size) or `Jpeg`, label, index, [(name, reason), ...]), `repeats` of them
         "Read a picture, or one that stands in for it, and make samples of it."
         keys = [lambda purpose, n=n: key(self.seed, epoch, index, purpose, n) for n in range(self.repeats)]
         shrink = getattr(self.transform, 'shrink', None)
         least = shrink and (lambda *whole: min(shrink(k, self.size, *whole) for k in keys))
         i, bad = index, []
         while True:
-            try: img = self.images.read(i, least); break
+            try:
+                coded = (decode or self.decode) == 'device' and device_jpeg(self.images.data(i), self.size)
+                img = Jpeg(coded[0], coded[1:], (epoch, index)) if coded else self.images.read(i, least); break
             except Exception as e:
                 bad.append((i, why_bad(e)))
                 if len(bad) > 20:   # the loader raises the error: a worker's would come wrapped in a traceback
                     img, bad = torch.zeros(self.images.in_chans, *self.size, dtype=torch.uint8), [*bad, (None, 'no stand-in found')]; break
                 i = key(self.seed, epoch, index, 'replace', len(bad)) % len(self)
         label = -1 if self.images.labels is None else int(self.images.labels[i])
-        crop = lambda k: self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
-        return [(crop(k), label, index, bad if n == 0 else []) for n, k in enumerate(keys)]
+        f = least(*img.whole) if least and isinstance(img, Jpeg) else 1
+        return [(self.sample(img, k, f), label, index, bad if n == 0 else []) for n, k in enumerate(keys)]
+
+    def sample(self, img, k:Callable, f:int):
+        "A sample of a picture, or of a JPEG what it will show: what would be seen if 1/f of its rows and columns were decoded."
+        if not isinstance(img, Jpeg): return self.transform(img, k, self.size) if self.transform else eval_transform(img, self.size)
+        less = [-(-n // f) for n in img.whole]
+        view = self.transform.view(k, self.size, *less) if self.transform else eval_view(less, self.size)
+        return img._replace(view=enlarged(view, f, img.whole))
+
+    def check(self):
+        "Raise a clear error where the device would have to do what it cannot."
+        if self.decode == 'cpu': return
+        if isinstance(self.images.items, np.ndarray): raise ValueError(f'--decode device has no effect on {self.images.name}, whose pictures are decoded already: leave it out')
+        t = self.transform
+        beyond = '' if t is None else t.beyond if isinstance(t, Crop) else '' if hasattr(t, 'view') else 'a transform of your own'
+        if beyond: raise ValueError(f'{beyond} needs the pixels on the CPU: use --decode cpu, or do without it')
 
 # %% ../nbs/13_data.ipynb #ba0da7a1
 def printable(
@@ -473,13 +584,82 @@ def record_bad(
         with open(file, 'a', encoding='utf-8', newline='') as f: f.write(rows.getvalue())
 
 # %% ../nbs/13_data.ipynb #a4c47146
+class Coded(NamedTuple):
+    "A batch whose JPEGs the device is to decode: tensors alone, which workers send cheaply."
+    data: torch.Tensor    # the files' bytes, one after the other, uint8
+    files: torch.Tensor   # (f, 5): bytes, rows, columns, epoch and index of each
+    views: torch.Tensor   # (b, 10): the number of a sample's file and its `View`; -1 for a sample that is there already
+    imgs: torch.Tensor    # (b', c, h, w) uint8: those, in order
+
+def _coded(imgs:list) -> Coded:
+    "Samples of which some are a `Jpeg`; repeats of a picture share its file."
+    files = {x.where: x for x in imgs if isinstance(x, Jpeg)}
+    number = {where: n for n, where in enumerate(files)}
+    views = [[number[x.where], *x.view] if isinstance(x, Jpeg) else [-1] * 10 for x in imgs]
+    there = [x for x in imgs if not isinstance(x, Jpeg)]
+    return Coded(torch.frombuffer(bytearray(b''.join(x.data for x in files.values())), dtype=torch.uint8), torch.tensor([[len(x.data), *x.whole, *x.where] for x in files.values()]),
+                 torch.tensor(views), torch.stack(there) if there else torch.empty(0, dtype=torch.uint8))
+
 def collate(
     items:list,  # of `Samples`
-) -> tuple:      # images (b, c, h, w) uint8, sample index (b,), labels (b,), bad files
+) -> tuple:      # images (b, c, h, w) uint8 or `Coded`, sample index (b,), labels (b,), bad files
     "Samples as a batch, whose channels lie together in memory as in a file; a worker's is put where the other process sees it."
     imgs, labels, index, bad = zip(*items)
-    imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
+    if any(isinstance(x, Jpeg) for x in imgs): imgs = _coded(imgs)
+    else: imgs = default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
     return imgs, torch.tensor(index), torch.tensor(labels), sum(bad, [])
+
+# %% ../nbs/13_data.ipynb #6a5d0021
+MAX_AT_ONCE = 2**27   # pixels decoded in one call: 400 MB in RGB
+
+def device_pixels(
+    files:Sequence[torch.Tensor],  # JPEGs, uint8 on the CPU
+    sizes:list,                    # (rows, columns) of each
+    in_chans:int,                  # channels wanted: 1 or 3
+    device,                        # torchvision decodes with nvJPEG on a GPU and with libjpeg on a CPU
+) -> Iterator[torch.Tensor|None]:  # images (c, h, w) uint8 on the device, in order; None for what it cannot decode
+    "Decode JPEGs on a device."
+    ends = np.cumsum([h * w for h, w in sizes])
+    for _, some in groupby(range(len(files)), lambda n: ends[n] // MAX_AT_ONCE):
+        some = list(some)
+        for n, img in zip(some, _device_decode([files[n] for n in some], 'GRAY' if in_chans == 1 else 'RGB', device)):
+            yield img if img is not None and tuple(img.shape[1:]) == tuple(sizes[n]) else None
+
+def _device_decode(files:list, mode:str, device) -> list:
+    from torchvision.io import decode_jpeg   # which later versions may lack: `check_device` tells
+    if torch.device(device).type == 'cuda': torch.cuda.current_stream(device).synchronize()   # nvJPEG writes on a stream of its own, maybe where a picture was that is still being cropped
+    try: return decode_jpeg(files, mode, device)
+    except torch.OutOfMemoryError: raise
+    except RuntimeError: return [None] if len(files) == 1 else [x for f in files for x in _device_decode([f], mode, device)]
+
+def check_device(
+    device,  # a torch device
+):
+    "Raise a clear error where a device cannot decode JPEGs."
+    Image.new('RGB', (16, 16)).save(out := io.BytesIO(), 'JPEG')
+    try:
+        torch.empty(0, device=device)   # says best what is wrong with the device itself
+        from torchvision.io import decode_jpeg
+        where = decode_jpeg([torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)], 'RGB', torch.device(device))[0].device
+        if where.type != torch.device(device).type: raise RuntimeError(f'it takes {where} instead')
+    except (ImportError, RuntimeError, AssertionError) as e: raise ValueError(f'torchvision cannot decode JPEGs on {device} ({" ".join(str(e).split())[:200]}): use --decode cpu') from e
+
+def decode_batch(
+    coded:Coded,           # from a loader's worker
+    size:tuple[int, int],  # (rows, columns) of a sample
+    in_chans:int,          # channels wanted: 1 or 3
+    device,                # that decodes
+) -> tuple:                # images (b, c, *size) uint8 on the device; [(places in the batch, epoch, index)] of the files that it cannot decode, whose images are black
+    "A batch's pixels, cropped."
+    out, failed, of_file = [None] * len(coded.views), [], {}
+    for place, (n, *view) in enumerate(coded.views.tolist()): of_file.setdefault(n, []).append((place, View(*view)))
+    for (place, _), img in zip(of_file.pop(-1, ()), coded.imgs.to(device)): out[place] = img
+    lengths, *sizes, epochs, index = zip(*coded.files.tolist())
+    scale = lambda img, size: interpolate(img[None].float(), size, mode='bicubic', antialias=True)[0]
+    for n, img in enumerate(device_pixels(coded.data.split(lengths), list(zip(*sizes)), in_chans, device)):
+        if img is None: failed.append(([place for place, _ in of_file[n]], epochs[n], index[n]))
+        for place, view in of_file[n]: out[place] = torch.zeros(in_chans, *size, device=device) if img is None else shown(img, view, size, scale)
+    return torch.stack([img.float() for img in out]).clamp(0, 255).round().byte(), failed
 
 # %% ../nbs/13_data.ipynb #723299dd
 class KeyedBatches:
@@ -505,6 +685,7 @@ class Loader:
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
     max_bad = .01   # share of bad files above which a run stops
     record:Path|None = None   # a run's `bad_samples.csv`
+    device, stream, told = torch.device('cpu'), None, False   # that decodes, on a stream of its own; whether it was told that it could not
     def __init__(self,
         dataset:Samples,     # the samples
         bs:int,              # samples in a batch
@@ -528,22 +709,57 @@ class Loader:
     def __len__(self): return len(self.batches)
     def set_epoch(self, epoch:int, first:int=0): self.batches.epoch, self.batches.first = epoch, first   # a run may go on at batch `first`
     def samples(self, epoch:int, first:int, last:int): return torch.cat(self.batches.whole(epoch)[first:last]).tolist()   # of some batches
-    def to(self, device): self.device = device
+    def to(self, device):
+        self.device = torch.device(device)
+        if self.device.type == 'cuda' and self.dataset.decode == 'device':
+            self.stream = torch.cuda.Stream(self.device)
+            self.device = self.stream.device   # with its number: another thread begins with GPU 0
 
     def __iter__(self):
-        for imgs, index, labels, bad in self.dl:
+        for imgs, index, labels, bad in self.decoded() if self.dataset.decode == 'device' else self.dl:
             if bad: self.note(bad)
             yield imgs, index, labels
+
+    def decoded(self):
+        "Batches whose JPEGs are decoded on the device, each while the one before it is trained on."
+        with ThreadPoolExecutor(1) as pool:
+            coming = None
+            for batch in self.dl:
+                ready, coming = coming, pool.submit(self.on_device, *batch)
+                if ready: yield self.taken(*ready.result())
+            if coming: yield self.taken(*coming.result())
+
+    def on_device(self, imgs, index, labels, bad):
+        "The device's part of a batch, to its end, beside the training step."
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            if isinstance(imgs, Coded): imgs, failed = decode_batch(imgs, self.dataset.size, self.dataset.images.in_chans, self.device)
+            else: imgs, failed = imgs.to(self.device).contiguous(), []
+        if self.stream: self.stream.synchronize()
+        return imgs, index, labels, bad, failed
+
+    def taken(self, imgs, index, labels, bad, failed):
+        "A batch in the hands of the stream that trains; what the device cannot decode is read here, or has its stand-in."
+        if self.stream: imgs.record_stream(torch.cuda.current_stream(self.device))
+        for places, epoch, i in failed:
+            samples = self.dataset.visit(epoch, i, 'cpu')
+            for place, (img, label, *_) in zip(places, samples): imgs[place], labels[place] = img.to(self.device), label
+            bad = bad + samples[0][3]
+            if not samples[0][3] and not self.told:
+                self.told = True
+                print(f'note: {self.device} cannot decode {printable(self.dataset.images.file(i))}, the CPU does; others like it are not told', flush=True)
+        return imgs, index, labels, bad
 
     def note(self, bad):
         "Name each bad file once; stop when there are too many."
         hopeless = any(i is None for i, _ in bad)
         new = {i: reason for i, reason in bad if i is not None and i not in self.bad}
+        allowed = int(self.max_bad * len(self.dataset))
+        new = dict(islice(new.items(), max(allowed + 1 - len(self.bad), 0)))   # the first one too many stops the run
         named = {printable(self.dataset.images.file(i)): reason for i, reason in new.items()}
         for file, reason in named.items(): print(f'could not read {file}, another image stands in for it: {reason}', flush=True)
         self.bad |= new
         if self.record and named: record_bad(self.record, named)
-        if hopeless or len(self.bad) > self.max_bad * len(self.dataset):
+        if hopeless or len(self.bad) > allowed:
             raise BadImages(f'{len(self.bad)} of {len(self.dataset)} files in {self.dataset.images.name} could not be read, more than {self.max_bad:.0%}: '
                             'remove or mend the files named above')
 
@@ -557,6 +773,7 @@ def get_dls(
     seed:int=0,                        # the run's seed
     num_workers:int|None=None,         # processes that read and crop; by the source if None: 0 from memory, else one a core, at most 8
     device=None,                       # where batches go; the GPU if there is one
+    decode:str='cpu',                  # one of `DECODE`: who decodes JPEGs
 ) -> DataLoaders:                      # batches of (images uint8, sample index, labels)
     "Loaders for training and, where there is a set for it, validation."
     train, valid = load_source(source) if isinstance(source, (str, Path)) else source
@@ -564,9 +781,11 @@ def get_dls(
     if num_workers is None: num_workers = 0 if in_memory else min(os.cpu_count() or 1, 8)
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     size, bs, pin = to_pair(img_size), recipe.batch_size if bs is None else bs, torch.device(device).type == 'cuda'
-    samples = Samples(train, size, seed, Crop(recipe.crop_scale, recipe.flip), getattr(recipe, 'repeats', 1))
-    loaders = [Loader(samples, bs, True, num_workers, pin)]
-    if valid is not None: loaders.append(Loader(Samples(valid, size, seed), bs, False, num_workers, pin))
+    if pick(decode, DECODE, 'decode') == 'device': check_device(device)
+    sets = [Samples(train, size, seed, Crop(recipe.crop_scale, recipe.flip), getattr(recipe, 'repeats', 1), decode)]
+    if valid is not None: sets.append(Samples(valid, size, seed, decode=decode))
+    for s in sets: s.check()
+    loaders = [Loader(s, bs, s is sets[0], num_workers, pin) for s in sets]
     dls = DataLoaders(*loaders, device=torch.device(device))
     dls.n_inp = 1
     return dls

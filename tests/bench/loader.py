@@ -3,8 +3,8 @@
 SAMPLE.tar holds JPEGs as .../train/<class>/<file>, such as imagenet_sample.tar. One process and one thread, random resized crop to 224
 and flip, uint8 out, files in the system's cache; the loaders take turns, each reads the whole sample in a turn, and the median of the
 turns counts. Rates of one process are pictures per second of its own processor time, which other work on the machine changes little.
-Then one worker against two (by the clock), what re-encoding costs in picture quality, and memory while 20,000 pictures (copies) go
-through two workers.
+A row tells what is left to a worker where a GPU decodes. Then one worker against two (by the clock), the same with a GPU that decodes
+where there is one, what re-encoding costs in picture quality, and memory while 20,000 pictures (copies) go through two workers.
 """
 import argparse
 import io
@@ -46,8 +46,19 @@ def theirs(folder, bs):
     crop = [v2.RandomResizedCrop(224, (.2, 1.), interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     return DataLoader(torchvision.datasets.ImageFolder(folder/'train', v2.Compose(crop)), bs, shuffle=True, drop_last=True)
 
-def ours(source, bs, workers=0, repeats=1):
-    return get_dls(source, change(RECIPES['pretrain'], dict(repeats=repeats)), img_size=224, bs=bs, num_workers=workers, device='cpu').train
+def ours(source, bs, workers=0, repeats=1, **told):
+    return get_dls(source, change(RECIPES['pretrain'], dict(repeats=repeats)), img_size=224, bs=bs, num_workers=workers, **dict(device='cpu') | told).train
+
+def left_to_worker(source, bs):
+    "Pictures a second of a worker's part where a device decodes: files read, headers looked at, crops drawn."
+    start, batches = time.process_time(), list(ours(source, bs, decode='device').dl)
+    return sum(len(index) for _, index, *_ in batches) / (time.process_time() - start)
+
+def on_gpu(images, bs, workers):
+    "Pictures a second by the clock, decoded on the GPU."
+    dl = ours((images, None), bs, workers, device='cuda', decode='device')
+    next(iter(dl))
+    return median(rate(dl, time.perf_counter) for _ in range(3))
 
 def decode_rate(raws):
     "Pictures a second of libjpeg-turbo alone, from memory."
@@ -97,6 +108,7 @@ def main(sample, rounds, bs, file):
         sources = {'ours, the same files': folder, 'ours, packed, original bytes': d/'packed', f'ours, packed, {SIDE} pixels, quality {QUALITY}': d/'small'}
         turns = {'ImageFolder + PIL': lambda: rate(theirs(folder, bs))} | {k: partial(lambda x: rate(ours(x, bs)), v) for k, v in sources.items()}
         turns |= {'ours, the same files, 4 crops of each': lambda: rate(ours(folder, bs, repeats=4))}
+        turns |= {'left to a worker where a GPU decodes, packed': partial(left_to_worker, d/'packed', bs)}
         turns |= {'decoding alone': lambda: decode_rate(raws['packed']), f'decoding alone, {SIDE} pixels': lambda: decode_rate(raws['small'])}
         got = {k: [] for k in turns}
         for _ in range(rounds):
@@ -118,9 +130,12 @@ def main(sample, rounds, bs, file):
             dl = ours((ImageSet('many', load_source(d/'many')[0].items[:2000]), None), bs, n)
             next(iter(dl)); grow[n] = median(rate(dl, time.perf_counter) for _ in range(3))
         print(f'workers, re-encoded: 1 gives {grow[1]:,.0f} pictures/s, 2 give {grow[2]:,.0f} ({grow[2] / grow[1]:.2f} times)')
+        gpu = {k: {n: on_gpu(ImageSet('many', load_source(x)[0].items[np.arange(5000) % len(s)]), bs, n) for n in (1, 2, 4)} for k, x in (('original', d/'packed'), ('re-encoded', d/'small'))} if torch.cuda.is_available() else None
+        for k, found in (gpu or {}).items(): print(f'decoded on {torch.cuda.get_device_name()}, {k}: ' + ', '.join(f'{n} workers {v:,.0f} pictures/s' for n, v in found.items()))
+        if gpu is None: print('decoded on a GPU: left out, there is none')
         rss = memory(ours(d/'many', bs, 2))
         print(f'memory of three processes after every 2,000 of 20,000 pictures, 2 workers: {rss} MiB')
-    if file: Path(file).write_text(json.dumps(told | dict(rates=rates, share_of_decoding=share, kb=sizes, psnr=loss, workers=grow, memory_mib=rss), indent=1) + '\n')
+    if file: Path(file).write_text(json.dumps(told | dict(rates=rates, share_of_decoding=share, kb=sizes, psnr=loss, workers=grow, gpu=gpu, memory_mib=rss), indent=1) + '\n')
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
