@@ -116,8 +116,8 @@ def test_a_benchmark_writes_its_numbers(forked, tmp_path, words, fields):
     (('mae-bench', 'step', '--set', 'compile=all'), 'compile must be one of none, blocks, whole, graphs'),
     (('mae-bench', 'step', '--set', 'compile=graphs'), 'needs a GPU'),
     (('mae-bench', 'step', '--set', 'fp8=True'), 'fp8 needs a GPU of compute capability 8.9'),
-    (('mae-bench', 'step', '--task', 'finetune', '--set', 'mixup=0.'), '--set mixup=0. has no meaning with --task finetune'),
-    (('mae-bench', 'loader', '--set', 'compile=blocks'), 'have no meaning for loader'),
+    (('mae-bench', 'step', '--task', 'finetune', '--set', 'mixup=0.'), '--set mixup=0. has no meaning for step --task finetune'),
+    (('mae-bench', 'loader', '--set', 'compile=blocks'), '--set compile=blocks has no meaning for loader'),
     (('mae-bench', 'step', '--dtype', 'float16'), "did you mean 'bfloat16'"),
     (('mae-bench', 'loader', '--data', 'nowhere/at-all'), 'no such folder'),
     (('mae-plan', 'pretrian'), "did you mean 'pretrain'"),
@@ -169,7 +169,8 @@ def test_the_gpu_script_works_on_a_cpu(tmp_path, capsys):
     gpu.main([*words, '--json', str(file), '--table', str(tmp_path/'table.md')])
     found = json.loads(file.read_text())
     assert {r['switch'] for r in found['rows']} >= {'bf16', 'transformers, bf16', 'float32', 'linear probe, bf16', 'bf16, activation checkpointing'}
-    assert all(r['images_per_second'] > 0 and 0 < r['mfu'] < 2 for r in found['rows']) and len(found['kernels']['nano']) == 10
+    assert all(r['images_per_second'] > 0 and r['mfu'] > 0 for r in found['rows']) and len(found['kernels']['nano']) == 10
+    assert next(r for r in found['rows'] if r['switch'] == 'float32')['mfu'] < 2   # many CPUs have no bfloat16, and no rate of it that means anything
     assert {x['why'] for x in found['left_out']} == {'only on a GPU'}
     assert '| nano | bf16 |' in (tmp_path/'table.md').read_text()
     gpu.main([*words, '--budget', '0', '--json', str(file)])
