@@ -862,12 +862,12 @@ def loader_seconds(
 
 def needs_of(
     recipe,             # for pretraining, fine-tuning, or a linear probe
-    device:torch.device,
+    beside:bool=False,  # as for `step_memory`
     shards:int=1,       # devices that hold the model together
 ) -> dict:              # of `step_memory`
     "What a recipe says about memory."
     has = lambda field: bool(getattr(recipe, field, 0))
-    return dict(amp=has('amp'), checkpointing=has('checkpointing'), ema=has('ema'), slots=1 if hasattr(recipe, 'momentum') else 2, beside=device.type == 'cpu', shards=shards)
+    return dict(amp=has('amp'), checkpointing=has('checkpointing'), ema=has('ema'), slots=1 if hasattr(recipe, 'momentum') else 2, beside=beside, shards=shards)
 
 def plan_text(
     plan:dict,          # from `make_plan`, and where its rate comes from
@@ -929,11 +929,12 @@ def mae_plan(
         if pick(parallel, PARALLEL, '--parallel') != 'ddp' and gpus == 1: raise ValueError(f'--parallel {parallel} has no meaning with one device: add --gpus')
         if r.batch_size > images: raise ValueError(f'a batch of {r.batch_size} is larger than the {images} images of --data {data}: use --bs {images} or less')
         if rate != 'auto' and not (rate.replace('.', '', 1).isdigit() and float(rate) > 0): raise ValueError(f'--rate takes auto or a number of samples a second, got {rate}')
-        base = int(memory_gib(device) * 2**30) if device.type == 'cpu' else 0   # before the model is there
+        beside = device.type == 'cpu' and not (memory and rate != 'auto')   # the plan is for this machine, whose memory holds all else as well
+        base = int(memory_gib(device) * 2**30) if beside else 0   # before the model is there
         name = model or default_model(data)
         grey = data == 'fashion'
         net = planned_model(r, name, 1000 if data == 'imagenet' else 10, in_chans=1 if grey else 3, **({} if img_size is None else dict(img_size=img_size)))
-        needs = needs_of(r, device, gpus if parallel == 'fsdp' else 1)
+        needs = needs_of(r, beside, gpus if parallel == 'fsdp' else 1)
         room = memory * 2**30 if memory else device_memory(device)
         batch, accumulate = fit_batch(net, loader_batch(change(r, dict(accumulate=1)), gpus), .9 * room - base, getattr(r, 'repeats', 1), **needs)
         load = 0.

@@ -112,8 +112,12 @@ def matmul_rate(
 ) -> float:              # operations a second: the best of many products
     "The device's own rate of matrix products."
     dice = torch.Generator(device).manual_seed(0)   # the user's is left alone
-    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=dice) for _ in range(2))
-    run = lambda: a @ b
+    def product(n):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=dice) for _ in range(2))
+        return lambda: a @ b
+    few = min(size, 256)
+    if torch.device(device).type == 'cpu' and min(timed(product(few)) for _ in range(3)) * (size / few)**3 > seconds: size = few   # in bfloat16 many CPUs would take seconds
+    run = product(size)
     best, end = timed(run, device), time.perf_counter() + seconds
     while time.perf_counter() < end: best = min(best, timed(run, device))
     return 2 * size**3 / best
@@ -184,7 +188,7 @@ def step_memory(
     copies = (every if amp else 0) * 2
     activations, gradients, passing = kept * bs + copies, trained * 4, 0
     if shards > 1:
-        each = [numel(b.parameters()) for b in blocks_of(model)]
+        each = [numel(p.module.parameters()) for p in found if hasattr(p.module, 'attn')]
         rest = every - sum(each)
         passing = (rest + 2 * max(each)) * 4   # put together for a moment: what is in no block, this block, and the next
         if accumulate == 1: gradients = gradients // shards + (rest + max(each)) * 4   # those that wait for more batches are whole

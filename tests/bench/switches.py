@@ -27,11 +27,11 @@ SWITCHES = {   # row -> (options of `create_mae`, of `train_step`)
     'cross 25 %, compiled whole':   (dict(decoder='cross', decode_ratio=.25), dict(compile='whole')),
 }
 
-def main():
+def main(words=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='mae_vit_nano_patch4_32'); p.add_argument('--bs', type=int, default=128)
     p.add_argument('--pairs', type=int, default=9); p.add_argument('--only', nargs='+', choices=SWITCHES, default=list(SWITCHES)); p.add_argument('--json')
-    args = p.parse_args()
+    args = p.parse_args(words)
     get_device('cpu')   # as the commands do: freed memory is kept
     made = {k: (create_mae(args.model, **SWITCHES[k][0]), SWITCHES[k][1]) for k in args.only}
     size = create_mae(args.model)
