@@ -185,7 +185,7 @@ class Guard(Callback):
         zero = torch.zeros((), dtype=torch.float64, device=self.dls.device)
         self.streak, self.skipped, self.mean, self.var, self.seen = (zero.clone() for _ in range(5))
         self.later, self.stop, self.told, self.stepped = Later(), 0, 0, False
-        self.weights = list(self.model.parameters())   # to collect them takes longer than to look through them
+        self.params = list(self.model.parameters())   # to collect them takes longer than to look through them
         self.norms = [b for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
         skippable(self.opt.opt)
 
@@ -193,9 +193,9 @@ class Guard(Callback):
         if self.norms and self.iter % self.learn.batches_per_step == 0: self.kept = [b.clone() for b in self.norms]
 
     def before_step(self):
-        norm = whole_of(get_total_norm([p.grad for p in self.weights if p.grad is not None]))
+        norm = whole_of(get_total_norm([p.grad for p in self.params if p.grad is not None]))
         fine = norm.isfinite() & self.learn.loss.isfinite() & (self.streak < self.patience)   # after the last straw nothing moves
-        if self.clip: clip_grads_with_norm_(self.weights, self.clip, norm)
+        if self.clip: clip_grads_with_norm_(self.params, self.clip, norm)
         self.streak = torch.where(fine, 0., self.streak + 1)
         self.skipped = self.skipped + ~fine
         self.opt.opt.found_inf = (~fine).float()
