@@ -185,7 +185,7 @@ class Guard(Callback):
         zero = torch.zeros((), dtype=torch.float64, device=self.dls.device)
         self.streak, self.skipped, self.mean, self.var, self.seen = (zero.clone() for _ in range(5))
         self.later, self.stop, self.told, self.stepped = Later(), 0, 0, False
-        self.params = list(self.model.parameters())   # to collect them takes longer than to look through them
+        self.params = None   # found at the first step, where weights that are cut are in their parts; to find them takes longer than to look through them
         self.norms = [b for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
         skippable(self.opt.opt)
 
@@ -193,6 +193,7 @@ class Guard(Callback):
         if self.norms and self.iter % self.learn.batches_per_step == 0: self.kept = [b.clone() for b in self.norms]
 
     def before_step(self):
+        if self.params is None: self.params = list(self.model.parameters())
         norm = whole_of(get_total_norm([p.grad for p in self.params if p.grad is not None]))
         fine = norm.isfinite() & self.learn.loss.isfinite() & (self.streak < self.patience)   # after the last straw nothing moves
         if self.clip: clip_grads_with_norm_(self.params, self.clip, norm)

@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     assert run.keys() == once.keys() and all(torch.allclose(v, once[k], rtol=1e-9, atol=1e-9) for k, v in run.items())
 
 def test_what_a_cut_model_leaves(tmp_path):
-    "The weights' file is the average's; afterwards one process alone may use the model, and a second fit goes on."
+    "The weights' file is the average's; afterwards one process alone may use the model, and a second fit goes on, as watchful as the first."
     def train():
         torch.set_default_dtype(torch.float64)
         learn = learner('finetune', make_run(tmp_path/'run', {}), steps=4, parallel='fsdp')
@@ -178,9 +178,11 @@ def test_what_a_cut_model_leaves(tmp_path):
         with torch.no_grad(): one = learn.model.eval()(images) if rank() == 0 else None
         average = {k: whole_of(v) for k, v in learn.weight_ema.average.module.state_dict().items()}
         weights = {k: whole_of(v).clone() for k, v in learn.model.state_dict().items()}
+        spoil(learn, {1})
         learn.fit(1, lr=1e-3)
-        return SimpleNamespace(images=images, file=file, one=one, average=average, weights=weights, moved={k: whole_of(v) for k, v in learn.model.state_dict().items()})
+        return SimpleNamespace(skipped=int(learn.guard.skipped), images=images, file=file, one=one, average=average, weights=weights, moved={k: whole_of(v) for k, v in learn.model.state_dict().items()})
     first, second = results(spread(2, train, tmp_path/'say'))
+    assert (first.skipped, second.skipped) == (1, 1)
     model = seeded(0, create_classifier, NAME, 10, drop_path=.1, **SMALL).double().eval()
     model.load_state_dict(first.weights)
     with torch.no_grad(): torch.testing.assert_close(model(first.images), first.one)
