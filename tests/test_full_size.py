@@ -13,7 +13,7 @@ def losses(run):
 
 @pytest.mark.slow
 def test_pretrain_and_finetune(terminal, tmp_path, shared_data):
-    with tarfile.open(shared_data/'imagenet_sample.tar') as tar: tar.extractall(tmp_path, filter='data')
+    with tarfile.open(shared_data/'imagenet_sample.tar') as tar: tar.extractall(tmp_path, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
     common = '--max-steps', 10, '--bs', 8, '--set', 'warmup_epochs=0', '--num-workers', 1
     got = terminal('mae-pretrain', 'imagenet_sample', *common, '--set', 'base_lr=3e-3', '--out', 'run')
     assert got.code == 0, got.err
