@@ -607,8 +607,8 @@ class TaskLearner(Learner):
         warmup = round(min(r.warmup_epochs * per_epoch, r.warmup_epochs / r.epochs * total))   # a short run warms up less
         if rank() == 0: print(f'learning rate {r.base_lr:g} x {self.batch} / 256 = {self.base_rate:.3g}, {total} steps of {self.batch} images '
               f'({self.dls.train.bs} a batch x {processes()} processes x {self.batches_per_step} accumulated)', flush=True)
-        slow = peak_flops('cpu', torch.float32) / peak_flops('cpu', torch.bfloat16) if r.amp and self.dls.device.type == 'cpu' else 1
-        if slow > 1.2 and rank() == 0: print(f'note: this CPU computes {slow:.1f} times slower in bfloat16 than in float32: train with --set amp=False', flush=True)
+        slow = peak_flops('cpu', torch.float32) / peak_flops('cpu', torch.bfloat16) if r.amp and self.dls.device.type == 'cpu' and rank() == 0 else 1
+        if slow > 1.2: print(f'note: this CPU computes {slow:.1f} times slower in bfloat16 than in float32: train with --set amp=False', flush=True)
         if (back := 1 / (1 - getattr(r, 'ema', 0))) > 1 and total < 3 * back and rank() == 0:
             print(f'note: ema={r.ema:g} averages over some {back:.0f} steps, and the run has {total}: the first weights are still in it; a shorter run wants a smaller ema', flush=True)
         self.fit(epochs, cbs=Schedule(lambda step, _: warmup_cosine(step, total, warmup, self.base_rate, r.min_lr), self.batches_per_step))

@@ -3,7 +3,6 @@ import json
 import platform
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -162,20 +161,16 @@ Path(sys.argv[1] + '.json').write_text(json.dumps(found))
     assert plan['memory_gib'] == pytest.approx(run['memory_gib'], rel=.15), (plan, run)
     assert plan['hours'] == pytest.approx(run['hours'], rel=.2), (plan, run)
 
-def bench(name):
-    place = spec_from_file_location(name, ROOT/'tests'/'bench'/f'{name}.py')
-    script = module_from_spec(place); place.loader.exec_module(script)
-    return script
-
 def test_the_switches_script_works(tmp_path, capsys):
     file = tmp_path/'found.json'
-    bench('switches').main(['--bs', '4', '--pairs', '1', '--only', 'plain', 'cross decoder 25 %', '--json', str(file)])
+    from bench import switches
+    switches.main(['--bs', '4', '--pairs', '1', '--only', 'plain', 'cross decoder 25 %', '--json', str(file)])
     rows = json.loads(file.read_text())['rows']
     assert list(rows) == ['transformers', 'plain', 'cross decoder 25 %'] and rows['transformers']['ratio'] == 1
     assert all(r['images_per_second'] > 0 and 0 < r['mfu'] < 2 for r in rows.values()) and '| plain |' in capsys.readouterr().out
 
 def test_the_gpu_script_works_on_a_cpu(tmp_path, capsys):
-    gpu = bench('gpu')
+    from bench import gpu
     file, words = tmp_path/'found.json', ['--models', 'nano', '--device', 'cpu', '--turns', '1', '--steps', '1']
     gpu.main([*words, '--json', str(file), '--table', str(tmp_path/'table.md')])
     found = json.loads(file.read_text())

@@ -10,7 +10,7 @@ import argparse
 import io
 import json
 import os
-import tarfile
+import shutil
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -82,7 +82,7 @@ def main(words=None):
     result = dict(machine=machine(args.device, torch.bfloat16 if args.device.type == 'cuda' else torch.float32, ('torchvision',)), model=args.model, bs=args.bs, steps=args.steps, workers=args.workers, rows=[])
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
-        with tarfile.open(args.sample) as tar: tar.extractall(d, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
+        shutil.unpack_archive(args.sample, d)
         s = folder_sets(next(d.rglob('train')).parent)[0]
         part = Part(Files(s.items, s.name), s.labels, s.classes)
         packed = {}

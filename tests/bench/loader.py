@@ -11,7 +11,7 @@ import io
 import json
 import platform
 import re
-import tarfile
+import shutil
 import tempfile
 import time
 from functools import partial
@@ -98,7 +98,7 @@ def main(sample, rounds, bs, file):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
-        with tarfile.open(sample) as tar: tar.extractall(d, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
+        shutil.unpack_archive(sample, d)
         folder = next(d.rglob('train')).parent
         s = folder_sets(folder)[0]
         part = Part(Files(s.items, folder), s.labels, s.classes)
