@@ -535,8 +535,10 @@ class Samples(Dataset):
         i, bad = index, []
         while True:
             try:
-                coded = (decode or self.decode) == 'device' and device_jpeg(self.images.data(i), self.size)
-                img = Jpeg(coded[0], coded[1:], (epoch, index)) if coded else self.images.read(i, least); break
+                if (decode or self.decode) == 'cpu': img = self.images.read(i, least); break
+                data = self.images.data(i)
+                coded = device_jpeg(data, self.size)
+                img = Jpeg(coded[0], coded[1:], (epoch, index)) if coded else read_image(io.BytesIO(data), self.images.in_chans, least); break
             except Exception as e:
                 bad.append((i, why_bad(e)))
                 if len(bad) > 20:   # the loader raises the error: a worker's would come wrapped in a traceback
