@@ -32,7 +32,7 @@ def check_sync():
     after = snapshot()
     changed = [str(f.relative_to(ROOT)) for f in sorted(before | after) if before.get(f) != after.get(f)]
     if changed: fail(f'out of sync, now mended, look at them and commit: {", ".join(changed)}')
-    for f in sorted((ROOT/'mae_nb').glob('*.py')):
+    for f in sorted((ROOT/'mae_nb').rglob('*.py')):
         named = re.search(r'File to edit: (\S+\.ipynb)', f.read_text())
         if named and not (f.parent/named[1]).exists(): fail(f'{f.name} was exported from {named[1]}, which is gone: delete it')
 

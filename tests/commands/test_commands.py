@@ -1,0 +1,127 @@
+"""What the commands say and leave behind, whatever goes wrong."""
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from support import BIN
+from PIL import Image
+
+from mae_nb.weights.building import load_mae
+from mae_nb.weights.reading import read_config
+
+NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False'
+QUICK = *NANO, '--max-steps', '2', '--bs', '20', '--num-workers', '0'
+
+@pytest.mark.parametrize('words, said', [
+    (('nowhere/at-all',), 'no such folder: nowhere/at-all'),
+    (('empty',), 'no images in empty'),
+    (('fashon',), "did you mean 'fashion'"),
+    (('fashion', '--set', 'mask_ration=.5'), "did you mean 'mask_ratio'"),
+    (('fashion', '--set', 'epochs=many'), 'epochs takes a value like'),
+    (('fashion', '--set', 'epochs'), 'expected field=value'),
+    (('fashion', '--set', 'mask_ratio=1.'), 'mask_ratio must be between 0 and 1'),
+    (('fashion', '--set', 'mask_ratio=.999'), 'keeps 0 of 49 patches'),
+    (('fashion', '--model', 'mae_vit_bass_patch16'), "did you mean 'mae_vit_base_patch16'"),
+    (('fashion', '--img-size', '30'), '30x30 pixels is not divisible by patch size 4'),
+    (('fashion', '--recipe', 'pretrain_fashon'), "did you mean 'pretrain_fashion'"),
+    (('fashion', '--bs', '10001'), 'use --bs 10000 or less'),
+    (('fashion', '--bs', '0'), 'batch_size must be at least 1'),
+    (('fashion', '--device', 'toaster'), '--device toaster cannot be used'),
+    (('fashion', '--out', 'full'), 'full is there already and not empty'),
+])
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(forked, tmp_path, words, said):
+    (tmp_path/'empty').mkdir(); (tmp_path/'full').mkdir(); (tmp_path/'full'/'file').touch()
+    got = forked('mae-pretrain', *words, '--max-steps', '1')
+    assert got.code == 2 and said in got.line, got
+
+def test_settings_that_nobody_knows(forked, tmp_path):
+    got = forked('mae-pretrain', 'fashion', MAE_NB_FOO='1')
+    assert got.code == 2 and "'foo'" in got.line
+    (tmp_path/'settings.ini').write_text('[mae_nb]\nrums = x\n')
+    got = forked('mae-pretrain', 'fashion')
+    assert got.code == 2 and "did you mean 'runs'" in got.line and 'settings.ini' in got.line
+
+def test_an_unknown_flag(terminal):
+    got = terminal('mae-pretrain', 'fashion', '--epoch-count', '3')
+    assert got.code == 2 and 'unrecognized arguments: --epoch-count' in got.err
+
+def test_a_folder_without_a_readable_image(forked, tmp_path):
+    (tmp_path/'bad').mkdir()
+    for i in range(30): (tmp_path/'bad'/f'{i}.jpg').write_bytes(b'garbage')
+    got = forked('mae-pretrain', 'bad', *QUICK)
+    assert got.code == 1 and 'could not be read, more than 1%' in got.line
+
+def test_one_bad_file_is_replaced_named_once_and_counted(forked, photos):
+    (photos/'odd'/'005.png').write_bytes(b'garbage')
+    got = forked('mae-pretrain', 'photos', *NANO, '--epochs', '2', '--set', 'warmup_epochs=0', '--bs', '20', '--num-workers', '1', '--out', 'run')
+    assert got.code == 0, got.err
+    assert got.out.count('could not read') == 1 and '005.png' in got.out and '1 files could not be read' in got.out
+
+def test_too_many_bad_files_stop_the_run(forked, photos):
+    for i in (1, 3, 5): (photos/'odd'/f'00{i}.png').write_bytes(b'garbage')
+    got = forked('mae-pretrain', 'photos', *QUICK, '--epochs', '1', '--max-steps', '6', '--out', 'run')
+    assert got.code == 1 and 'more than 1%' in got.line and 'what was done so far is in run' in got.line
+
+def test_a_run_folder_is_whole_and_can_be_shown_and_fine_tuned(forked, tmp_path, photos):
+    got = forked('mae-pretrain', 'photos', *QUICK, '--out', 'run')
+    assert got.code == 0, got.err
+    for part in ('config.json', 'metrics.csv', 'timing.csv', 'model.safetensors', 'figures/curves.png', 'figures/reconstructions.png'):
+        assert (tmp_path/'run'/part).stat().st_size > 0, part
+    assert list((tmp_path/'run').glob('events.out.tfevents.*'))
+    for name, mode in (('grey', 'L'), ('clear', 'RGBA')): Image.new(mode, (50, 90)).save(tmp_path/f'{name}.png')
+    got = forked('mae-show', 'run', 'grey.png', 'clear.png', '--out', 'shown.png')
+    assert got.code == 0 and Image.open(tmp_path/'shown.png').size[0] > 100, got.err
+    got = forked('mae-finetune', 'photos', 'run', '--max-steps', '2', '--bs', '20', '--num-workers', '0', '--out', 'tuned')
+    assert got.code == 0 and '12 of its 120 images' in got.out, got.err
+    assert read_config(tmp_path/'tuned'/'model.safetensors')['model']['num_classes'] == 2
+    got = forked('mae-show', 'tuned', 'grey.png')
+    assert got.code == 2 and 'holds a classifier' in got.line
+    got = forked('mae-finetune', 'fashion', 'run', '--max-steps', '1', '--out', 'other')
+    assert got.code == 2 and 'images of 1 channels and the model takes 3' in got.line
+
+def test_wrong_weights_and_pictures(forked, tmp_path, photos):
+    got = forked('mae-show', 'missing.safetensors', 'a.png')
+    assert got.code == 2 and 'missing.safetensors' in got.line
+    (tmp_path/'cut.safetensors').write_bytes(b'\x10\0\0\0\0\0\0\0{"a"')
+    got = forked('mae-show', 'cut.safetensors', 'a.png')
+    assert got.code == 2 and 'cut.safetensors is not a weights file' in got.line
+    assert forked('mae-pretrain', 'photos', *QUICK, '--out', 'run').code == 0
+    (tmp_path/'a.png').write_bytes(b'garbage')
+    got = forked('mae-show', 'run', 'a.png')
+    assert got.code == 2 and 'a.png cannot be read as an image' in got.line
+    got = forked('mae-show', 'run')
+    assert got.code == 2 and 'name at least one image' in got.line
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_what_was_done(tmp_path, photos, signum, code):
+    "Ctrl-C and SIGTERM in mid-training: the finished epochs' rows and weights are there, and can be loaded."
+    words = 'photos', *NANO, '--bs', '20', '--epochs', '5000', '--set', 'warmup_epochs=0', '--num-workers', '1', '--out', 'run'
+    p = subprocess.Popen([BIN/'mae-pretrain', *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    rows, end = tmp_path/'run'/'metrics.csv', time.time() + 120
+    while not (rows.exists() and len(rows.read_text().splitlines()) > 1) and time.time() < end: time.sleep(.1)
+    time.sleep(1)
+    os.killpg(p.pid, signum) if signum == signal.SIGINT else p.send_signal(signum)
+    err = p.communicate(timeout=60)[1]
+    lines = [x for x in err.splitlines() if x.strip()]
+    assert p.returncode == code and len(lines) == 1 and 'what was done so far is in run' in lines[0], (p.returncode, err)
+    assert len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) >= 2
+    assert load_mae(tmp_path/'run').encode(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+def test_a_full_disk(forked, tmp_path, photos):
+    "One line, and what was written before is whole."
+    disk = tmp_path/'disk'; disk.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True).returncode:
+        pytest.skip('a small disk of its own needs root and mount')
+    try:
+        got = forked('mae-pretrain', 'photos', *NANO, '--bs', '20', '--epochs', '3', '--set', 'warmup_epochs=0', '--num-workers', '0', '--out', 'disk/run')
+        assert got.code == 1 and 'no space left on the disk' in got.line, got
+        assert (disk/'run'/'config.json').read_text().endswith('}\n')
+        for f in (disk/'run').rglob('*.safetensors'): load_mae(f)
+        assert not list((disk/'run').rglob('*.part'))
+    finally:
+        subprocess.run(['umount', disk], check=True)
+        shutil.rmtree(disk, ignore_errors=True)
