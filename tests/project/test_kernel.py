@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
 
-@pytest.mark.parametrize('notebook', ['nbs/model/01_patches.ipynb', 'tutorials/01_pretrain_and_probe.ipynb', 'tutorials/02_finetune_and_probe.ipynb', 'tutorials/05_imagenet_at_scale.ipynb'])
+@pytest.mark.parametrize('notebook', ['nbs/model/01_patches.ipynb', 'tutorials/01_pretrain_and_probe.ipynb', 'tutorials/02_finetune_and_probe.ipynb', 'tutorials/03_imagenet_at_scale.ipynb'])
 def test_in_a_kernel(notebook, tmp_path):
     nb = nbformat.read(ROOT/notebook, 4)
     for f in (ROOT/notebook).parent.glob('*.json'): shutil.copy(f, tmp_path)   # what it reads
