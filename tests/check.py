@@ -1,4 +1,5 @@
-"""Every check of the project in one command: `python tests/check.py`; `--fix` also rewrites README.md."""
+"""Every check of the project in one command: `python tests/check.py`; `--fix` also rewrites README.md and llms.txt."""
+import json
 import os
 import re
 import subprocess
@@ -10,31 +11,41 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent   # the commands of this very environment
 ENV = os.environ | dict(OMP_NUM_THREADS='1', PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}')
 
-def run(*cmd):
+
+def run(*words):
     "Run a command in the project's folder; stop at the first one that fails."
     start = time.time()
-    print('\n$', *cmd, flush=True)
-    if code := subprocess.run(cmd, cwd=ROOT, env=ENV).returncode: sys.exit(f'check failed: {" ".join(cmd)} (exit code {code})')
+    print('\n$', *words, flush=True)
+    if code := subprocess.run(words, cwd=ROOT, env=ENV).returncode:
+        fail(f'{" ".join(words)} (exit code {code})')
     print(f'  took {time.time() - start:.0f} s', flush=True)
 
-def fail(message): sys.exit(f'check failed: {message}')
+
+def fail(message):
+    sys.exit(f'check failed: {message}')
+
 
 def snapshot():
-    "What stands in the notebooks and in what is made from them."
-    return {f: f.read_bytes() for d in ('nbs', 'tutorials', 'mae_nb') for f in (ROOT/d).rglob('*') if f.suffix in ('.ipynb', '.py', '.txt')}
+    "The content of the notebooks and of the files that are made from them."
+    files = [f for folder in ('nbs', 'tutorials', 'mae_nb') for f in (ROOT/folder).rglob('*')]
+    return {f: f.read_bytes() for f in files if f.suffix in ('.ipynb', '.py', '.txt')}
+
 
 def check_sync():
-    "Exports and notebooks are just what nbdev makes of them, and every module still has its notebook."
+    "Exports and notebooks are what nbdev makes of them, and every module still has its notebook."
     before = snapshot()
     run('nbdev-export')
     run('nbdev-clean', '--fname', 'nbs')
     run('nbdev-clean', '--fname', 'tutorials')
     after = snapshot()
     changed = [str(f.relative_to(ROOT)) for f in sorted(before | after) if before.get(f) != after.get(f)]
-    if changed: fail(f'out of sync, now mended, look at them and commit: {", ".join(changed)}')
-    for f in sorted((ROOT/'mae_nb').rglob('*.py')):
-        named = re.search(r'File to edit: (\S+\.ipynb)', f.read_text())
-        if named and not (f.parent/named[1]).exists(): fail(f'{f.name} was exported from {named[1]}, which is gone: delete it')
+    if changed:
+        fail(f'out of sync and now corrected, look at them and commit: {", ".join(changed)}')
+    for file in sorted((ROOT/'mae_nb').rglob('*.py')):
+        source = re.search(r'File to edit: (\S+\.ipynb)', file.read_text())
+        if source and not (file.parent/source[1]).exists():
+            fail(f'{file.relative_to(ROOT)} was exported from {source[1]}, which does not exist any more: delete it')
+
 
 def readme():
     "README.md as nbs/index.ipynb makes it: links and pictures from the top of the project."
@@ -44,16 +55,41 @@ def readme():
     text = re.sub(r'\]\((?!https?:|\.\./|#)', '](nbs/', text)
     return re.sub(r'\]\(\.\./', '](', text).strip() + '\n'
 
-def check_readme():
-    "README.md is in sync with its notebook."
-    file = ROOT/'README.md'
-    if '--fix' in sys.argv: file.write_text(readme())
-    if file.read_text() != readme(): fail('README.md does not match nbs/index.ipynb: run python tests/check.py --fix')
+
+def summary(notebook):
+    "Title and first sentence of a notebook."
+    cells = json.loads(notebook.read_text())['cells']
+    text = next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    title = re.search(r'^# (.+)', text, re.M)[1]
+    about = re.search(r'^> (.+)', text, re.M) or re.search(r'\n\n(.+?[.:])(?:\s|$)', text)
+    return f'{title}: {about[1]}'
+
+
+def llms():
+    "nbs/llms.txt: what exists, for a reader that is a machine."
+    chapters = sorted((ROOT/'nbs').rglob('[0-9]*.ipynb')) + [ROOT/'nbs'/'commands.ipynb', ROOT/'nbs'/'all.ipynb']
+    lines = ['# mae_nb', '', '> Masked autoencoders, taught in notebooks and trained with fastai', '']
+    lines += ['A chapter `nbs/package/NN_module.ipynb` exports the module `mae_nb.package.module`.', '', '## Chapters', '']
+    lines += [f'- [{f.relative_to(ROOT)}]({f.relative_to(ROOT/"nbs")}): {summary(f)}' for f in chapters]
+    lines += ['', '## Tutorials', '']
+    tutorials = sorted((ROOT/'tutorials').glob('*.ipynb'))
+    lines += [f'- [tutorials/{f.name}](../tutorials/{f.name}): {summary(f)}' for f in tutorials]
+    return '\n'.join(lines) + '\n'
+
+
+def check_made_from_notebooks():
+    "README.md and llms.txt are in sync with the notebooks."
+    for file, text in ((ROOT/'README.md', readme()), (ROOT/'nbs'/'llms.txt', llms())):
+        if '--fix' in sys.argv:
+            file.write_text(text)
+        if file.read_text() != text:
+            fail(f'{file.name} does not match the notebooks: run python tests/check.py --fix')
+
 
 if __name__ == '__main__':
     check_sync()
-    check_readme()
+    check_made_from_notebooks()
     run('ruff', 'check')
     run('nbdev-test', 'nbs', '--n-workers', '2', '--cell-timeout', '300')
-    run('pytest', '-n', '2', '--dist', 'worksteal')   # the tutorial is as long as all else
+    run('pytest', '-n', '2', '--dist', 'worksteal', '--durations', '10')   # one tutorial takes as long as all else
     print('all checks passed')

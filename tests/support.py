@@ -1,6 +1,5 @@
 """What tests share: commands run as a terminal runs them, and forks of this process."""
 import os
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -9,9 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
+
 @dataclass
 class Said:
-    "What a command printed, complained of, and its exit code."
+    "What a command printed, its error stream, and its exit code."
     out: str
     err: str
     code: int
@@ -23,38 +23,63 @@ class Said:
         assert len(lines) == 1, self.err
         return lines[0]
 
+
+def redirect(file, descriptor):
+    "Let a file descriptor of this process write to the end of a file."
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+
+
 def fork(func, out, err=None):
-    "Run a function in a fork of this process, which has imported everything; what it prints goes to files. The fork's number."
-    sys.stdout.flush(); sys.stderr.flush()
-    if pid := os.fork(): return pid
+    "Run a function in a fork of this process; its output goes to files. Returns the number of the fork."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
     code = 1
     try:
-        for file, fd in ((out, 1), (err or out, 2)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+        redirect(out, 1)
+        redirect(err or out, 2)
         sys.stdout, sys.stderr = (os.fdopen(fd, 'w', closefd=False) for fd in (1, 2))
         func()
         code = 0
-    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
-    except BaseException: traceback.print_exc()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        sys.stdout.flush(); sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
-def exit_code(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])   # negative: the signal that has ended it
+
+def exit_code(pid):
+    "How a fork ended; negative: the signal that ended it."
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
 
 def begin_command(folder, name, *words, before=None, **env):
-    "Begin a command in a fork, in a folder: its number, and a function that waits for what it said. `before` is called in the fork first."
+    """Start a command in a fork, in a folder. Returns its number, and a function that waits for its result.
+
+    `before` is called in the fork first."""
     from fastcore.script import _run_cli
 
     from mae_nb import commands
     out, err = folder/'.out', folder/'.err'
-    for f in (out, err): f.unlink(missing_ok=True)
+    for file in (out, err):
+        file.unlink(missing_ok=True)
+
     def run():
-        os.chdir(folder); os.environ.update(env)
+        os.chdir(folder)
+        os.environ.update(env)
         sys.argv = [name, *map(str, words)]
-        if before: before()
+        if before:
+            before()
         _run_cli(getattr(commands, name.replace('-', '_')).__wrapped__, False)
+
     pid = fork(run, out, err)
-    def said():
+
+    def result():
         code = exit_code(pid)
         return Said(out.read_text(), err.read_text(), code)
-    return pid, said
+
+    return pid, result
