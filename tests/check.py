@@ -91,5 +91,6 @@ if __name__ == '__main__':
     check_made_from_notebooks()
     run('ruff', 'check')
     run('nbdev-test', 'nbs', '--n-workers', '2', '--cell-timeout', '300')
-    run('pytest', '-n', '2', '--dist', 'worksteal', '--durations', '10')   # one tutorial takes as long as all else
+    # one tutorial takes as long as all other tests
+    run('pytest', '-n', '2', '--dist', 'worksteal', '--durations', '10')
     print('all checks passed')
