@@ -102,8 +102,11 @@ def main():
     args = parser.parse_args()
     folder = args.folder.resolve()
     sys.path.insert(0, str(folder))
-    for name, run in (('mask_ratio', lambda: pretrain_once(folder, RATIO)), ('seed', lambda: pretrain_once(folder, SEED)),
-                      ('one image', lambda: fetch_one(folder))):
+    runs = {
+        'mask_ratio': lambda: pretrain_once(folder, RATIO),
+        'seed': lambda: pretrain_once(folder, SEED),
+        'one image': lambda: fetch_one(folder)}
+    for name, run in runs.items():
         with tempfile.TemporaryDirectory() as place:
             os.chdir(place)
             walk = run()
