@@ -18,7 +18,7 @@ class Classifier(Encoder):
     "An encoder that sees every patch, a pooling and a linear head; its state dict has timm's names."
     def __init__(self,
         num_classes:int,        # outputs of the head
-        pool:str='avg',         # 'avg': mean of the patch tokens, then a norm; 'cls': class token after the encoder's norm
+        pool:str='avg',         # 'avg': mean of the patch tokens, then a norm; 'cls': class token after the last norm
         config:dict|None=None,  # what it was made from, for files
         **kwargs,               # `Encoder`'s options
     ):
