@@ -26,12 +26,11 @@ def test_an_unknown_name_is_answered_with_known_ones_only(known, name):
     nearest, every = [f'did you mean {k!r}?' for k in known], 'known: ' + ', '.join(map(repr, known))
     assert message.startswith(start) and message.removeprefix(start) in (*nearest, every)
 
-@given(st.from_regex(r'[a-z]{5,20}', fullmatch=True), st.data())
-def test_a_name_with_two_letters_in_the_wrong_order_is_recognised(name, data):
-    i = data.draw(st.integers(0, len(name) - 2))
+@given(st.lists(st.sampled_from('abcdefghijklmnopqrstuvwxyz'), min_size=5, unique=True), st.data())
+def test_a_name_with_two_letters_in_the_wrong_order_is_recognised(letters, data):
+    i = data.draw(st.integers(0, len(letters) - 2))
+    name = ''.join(letters)
     typo = name[:i] + name[i + 1] + name[i] + name[i + 2:]
-    if typo == name:
-        return
     with pytest.raises(UsageError) as e:
         pick(typo, [name, '0123456789'], 'thing')
     assert str(e.value).endswith(f'did you mean {name!r}?')
