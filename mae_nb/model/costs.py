@@ -76,6 +76,7 @@ def _encoder_parts(encoder, patches, width):
         parts.append(_norm('encoder', encoder.norm, tokens, encoder.dim))
     return parts
 
+# %% ../../nbs/model/10_costs.ipynb #7584c2de
 def _decoder_parts(mae, n, keep, seen, width):
     "The parts of an MAE's decoder and its loss: `n` patches, of which `keep` stay and the encoder works on `seen`."
     decoder, dim, out = mae.decoder, mae.decoder.norm.weight.numel(), mae.decoder.pred.out_features
