@@ -16,15 +16,19 @@ from pathlib import Path
 def flush_to_disk(
     path:str|Path,  # a file, or a folder for its list of names
 ):
-    "Wait until it is on the disk and not only in memory."
-    if os.name == 'nt' and Path(path).is_dir(): return   # Windows opens no folders, and keeps their lists itself
-    fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    "Wait until a file is on the disk and not only in memory."
+    windows = os.name == 'nt'
+    if windows and Path(path).is_dir():
+        return   # Windows opens no folders, and keeps their lists itself
+    fd = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 @contextmanager
 def write_atomically(
-    file:str|Path,  # the file wanted
+    file:str|Path,    # the file wanted
 ) -> Iterator[Path]:  # where to write it
     "A place to write a file, which gets its name when all of it is on the disk, or is removed."
     file, part = Path(file), Path(f'{file}.part')
@@ -34,23 +38,25 @@ def write_atomically(
         flush_to_disk(part)
         os.replace(part, file)
         flush_to_disk(file.parent)
-    finally: part.unlink(missing_ok=True)
-
-def sha256(
-    file:str|Path,
-) -> str:  # 64 hexadecimal digits
-    "A file's checksum."
-    h = hashlib.sha256()
-    with open(file, 'rb') as f:
-        while part := f.read(2**20): h.update(part)
-    return h.hexdigest()
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/base/03_files.ipynb #67f5761e
+def _checksum(file, digest):
+    "The hexadecimal digits of a `hashlib` digest over a file."
+    with open(file, 'rb') as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+def sha256(
+    file:str|Path,  # any file
+) -> str:           # 64 hexadecimal digits
+    "The SHA-256 of a file, read piece by piece."
+    return _checksum(file, hashlib.sha256())
+
 def md5(
     file:str|Path,  # any file
 ) -> str:           # 32 hexadecimal digits
     "The MD5 of a file, read piece by piece."
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(file, 'rb') as f:
-        while piece := f.read(1 << 20): digest.update(piece)
-    return digest.hexdigest()
+    return _checksum(file, hashlib.md5(usedforsecurity=False))

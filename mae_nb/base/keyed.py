@@ -7,36 +7,47 @@ __all__ = ['GOLDEN', 'MIX1', 'MIX2', 'PURPOSES', 'mix', 'fold', 'key', 'uniform'
            'seeded']
 
 # %% ../../nbs/base/05_keyed.ipynb #3a8a20cc
+from collections.abc import Callable
+
 import torch
 
 from .names import pick
 
 # %% ../../nbs/base/05_keyed.ipynb #491ec742
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB   # splitmix64's constants
-PURPOSES = {p: i for i, p in enumerate(('order', 'crop', 'flip', 'replace', 'mask', 'drop_path', 'split', 'shots', 'init', 'target', 'jitter', 'randaugment', 'erase', 'mixup'))}
+_NAMES = ('order', 'crop', 'flip', 'replace', 'mask', 'drop_path', 'split', 'shots', 'init', 'target',
+          'jitter', 'randaugment', 'erase', 'mixup')
+PURPOSES = {name: number for number, name in enumerate(_NAMES)}
 
-def _signed(x:int) -> int: return x - 2**64 if x >= 2**63 else x
+def _signed(
+    x:int,   # in [0, 2**64)
+) -> int:    # in [-2**63, 2**63)
+    "The same 64 bits as a signed number, as tensors have them."
+    return x - 2**64 if x >= 2**63 else x
 
 # %% ../../nbs/base/05_keyed.ipynb #dbe14ade
 def mix(
-    h,  # a Python int in [0, 2**64), or an int64 tensor
-):
+    h:int|torch.Tensor,  # an int in [0, 2**64), or an int64 tensor
+) -> int|torch.Tensor:   # of the same type
     "Scramble 64 bits with splitmix64's finaliser: a bijection, the same for ints and for tensors on any device."
     if isinstance(h, int):
         h &= 2**64 - 1
         h = (h ^ h >> 30) * MIX1 % 2**64
         h = (h ^ h >> 27) * MIX2 % 2**64
         return h ^ h >> 31
-    shift = lambda x, s: x >> s & (1 << 64 - s) - 1   # int64 shifts keep the sign: mask it away
-    h = (h ^ shift(h, 30)) * _signed(MIX1)
-    h = (h ^ shift(h, 27)) * _signed(MIX2)
-    return h ^ shift(h, 31)
+    h = (h ^ _shift(h, 30)) * _signed(MIX1)
+    h = (h ^ _shift(h, 27)) * _signed(MIX2)
+    return h ^ _shift(h, 31)
+
+def _shift(h, bits):
+    "Shift an int64 tensor to the right and fill with zeros."
+    return h >> bits & (1 << 64 - bits) - 1
 
 # %% ../../nbs/base/05_keyed.ipynb #5760de5a
 def fold(
     h:int|torch.Tensor,     # a key so far
-    part:int|torch.Tensor,  # one more number that it hangs on, in [0, 2**63)
-) -> int|torch.Tensor:
+    part:int|torch.Tensor,  # one more number that the key depends on, in [0, 2**63)
+) -> int|torch.Tensor:      # a tensor if one of them is
     "Fold one more number into a key."
     if isinstance(h, torch.Tensor) or isinstance(part, torch.Tensor):
         h, part = (_signed(x) if isinstance(x, int) else x.long() for x in (h, part))
@@ -45,15 +56,16 @@ def fold(
 
 # %% ../../nbs/base/05_keyed.ipynb #3aabda15
 def key(
-    seed:int,                   # the run's seed
-    epoch:int,                  # epoch, from 0
-    index:int|torch.Tensor,     # sample index, one or a batch of them (b,)
-    purpose:str,                # a key of `PURPOSES`
-    layer:int|torch.Tensor=0,   # layer, try, repeat, or any further counter; one or a batch of them (b,)
-) -> int|torch.Tensor:          # 64 bits: an int, or an int64 tensor (b,)
-    "A random number's whole reason to be: 64 bits that hang on nothing but these five."
+    seed:int,                  # the run's seed
+    epoch:int,                 # epoch, from 0
+    index:int|torch.Tensor,    # sample index, one or a batch of them (b,)
+    purpose:str,               # a key of `PURPOSES`
+    layer:int|torch.Tensor=0,  # layer, try, repeat, or any further counter; one or a batch of them (b,)
+) -> int|torch.Tensor:         # 64 bits: an int, or an int64 tensor (b,)
+    "The identity of a random number: 64 bits that depend on nothing but these five."
     h = 0
-    for part in (PURPOSES[pick(purpose, PURPOSES, 'purpose')], seed, epoch, layer, index): h = fold(h, part)
+    for part in (PURPOSES[pick(purpose, PURPOSES, 'purpose')], seed, epoch, layer, index):
+        h = fold(h, part)
     return h
 
 # %% ../../nbs/base/05_keyed.ipynb #e642e85d
@@ -69,31 +81,32 @@ def uniform(
 def nth_uniform(
     k:int,  # one key from `key`
     i:int,  # which of its numbers, from 0
-) -> float:
+) -> float: # in [0, 1)
     "One of the same numbers as `uniform`, for one key, as a Python float."
     return (fold(k, i) >> 40) * 2**-24
 
 def uniforms(
     k:int,  # one key from `key`
     n:int,  # numbers wanted
-) -> list[float]:
-    "The first of them."
+) -> list[float]:  # in [0, 1)
+    "The first `n` of the same numbers."
     return [nth_uniform(k, i) for i in range(n)]
 
 # %% ../../nbs/base/05_keyed.ipynb #5226adb8
 def generator(
     k:int,  # one key from `key`
 ) -> torch.Generator:
-    "A generator of its own for what only takes a generator, such as `torch.randperm`."
+    "A generator for functions that take nothing else, such as `torch.randperm`."
     return torch.Generator().manual_seed(_signed(k))
 
 # %% ../../nbs/base/05_keyed.ipynb #b2300006
 def seeded(
     seed:int,       # the run's seed
-    make, *args,    # what makes the model
-    **kwargs,
-):
-    "Make a model whose initial weights hang on the seed alone; the global generator is left as it was."
+    make:Callable,  # what makes the model
+    *args,          # of `make`
+    **kwargs,       # of `make`
+):                  # what `make` returns
+    "Make a model whose initial weights depend on the seed alone; the global generator stays as it is."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, 0, 0, 'init') >> 1)
         return make(*args, **kwargs)

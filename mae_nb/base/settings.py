@@ -12,13 +12,14 @@ from pathlib import Path
 
 from fastcore.xtras import Config
 
+from .errors import UsageError
 from .names import pick
 
 # %% ../../nbs/base/04_settings.ipynb #245da579
 DEFAULTS = dict(
     data='~/.mae_nb/data',            # data sets already on disk
     downloads='~/.mae_nb/downloads',  # archives as fetched
-    runs='runs',                      # one folder a run
+    runs='runs',                      # a folder for each run
     weights='~/.mae_nb/weights',      # checkpoints of other people
     dataset='fashion',                # the notebooks' data set
     model='mae_vit_nano_patch4_28',   # the notebooks' model
@@ -28,30 +29,43 @@ PATHS = ('data', 'downloads', 'runs', 'weights')
 # %% ../../nbs/base/04_settings.ipynb #570f9b5a
 def read_settings_file(
     folder:str|Path='.',  # where to look for settings.ini, then its parents
-) -> dict:                # what its section [mae_nb] says; paths made relative to the file
-    "The settings of the nearest settings.ini; a file without a section [mae_nb] is somebody else's and ignored."
-    try: cfg = Config.find('settings.ini', Path(folder).absolute(), interpolation=None)
-    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f'a settings.ini in or above {Path(folder).absolute()} cannot be read: {" ".join(str(e).split())}') from e
-    if cfg is None or not cfg._cfg.has_section('mae_nb'): return {}
-    found = {k: v for k, v in cfg._cfg['mae_nb'].items() if k not in cfg._cfg.defaults()}
-    for k in found: pick(k, DEFAULTS, f'setting in {cfg.config_file}:')
-    return {k: str(cfg.config_path/Path(v).expanduser()) if k in PATHS else v for k, v in found.items()}
+) -> dict:                # the settings in its section [mae_nb], with absolute paths
+    "The settings of the nearest settings.ini; a file without a section [mae_nb] is ignored."
+    folder = Path(folder).absolute()
+    try:
+        file = Config.find('settings.ini', folder, interpolation=None)
+    except (configparser.Error, UnicodeDecodeError) as e:
+        reason = ' '.join(str(e).split())
+        raise UsageError(f'a settings.ini in or above {folder} cannot be read: {reason}') from e
+    if file is None or not file._cfg.has_section('mae_nb'):
+        return {}
+    defaults = file._cfg.defaults()   # configparser copies the section [DEFAULT] into every other one
+    settings = {k: v for k, v in file._cfg['mae_nb'].items() if k not in defaults}
+    for k in settings:
+        pick(k, DEFAULTS, f'setting in {file.config_file}:')
+    paths = {k: str(file.config_path/Path(settings[k]).expanduser()) for k in settings if k in PATHS}
+    return settings | paths
 
 # %% ../../nbs/base/04_settings.ipynb #773add9b
-def read_settings_env() -> dict:
+def read_settings_env() -> dict:  # the settings that are set; values as they are
     "The settings given as environment variables: MAE_NB_DATA for `data`, and so on."
-    found = {k.removeprefix('MAE_NB_').lower(): v for k, v in os.environ.items() if k.startswith('MAE_NB_')}
-    for k in found: pick(k, DEFAULTS, 'setting in the environment, MAE_NB_ +')
-    return found
+    prefix = 'MAE_NB_'
+    settings = {k.removeprefix(prefix).lower(): v for k, v in os.environ.items() if k.startswith(prefix)}
+    for k in settings:
+        pick(k, DEFAULTS, f'setting in the environment, {prefix} +')
+    return settings
 
 # %% ../../nbs/base/04_settings.ipynb #58a2654c
 def setting(
-    key:str,                # a key of `DEFAULTS`
-    flag:str|None=None,     # what the command line said, if it did
-    folder:str|Path='.',    # where to look for settings.ini, then its parents
-) -> str|Path:              # a `Path` for the keys in `PATHS`
+    key:str,              # a key of `DEFAULTS`
+    flag:str|None=None,   # the value given to the command or function; None if it was not given
+    folder:str|Path='.',  # where to look for settings.ini, then its parents
+) -> str|Path:            # a `Path` for the keys in `PATHS`
     "One setting: a flag beats the environment, which beats settings.ini, which beats the built-in default."
     pick(key, DEFAULTS, 'setting')
-    value = (DEFAULTS | read_settings_file(folder) | read_settings_env())[key] if flag is None else flag
-    if not str(value): raise ValueError(f'the setting {key!r} is empty: leave it out, or say where')
+    value = flag
+    if flag is None:
+        value = (DEFAULTS | read_settings_file(folder) | read_settings_env())[key]
+    if not str(value):
+        raise UsageError(f'the setting {key!r} is empty: leave it out, or give a value')
     return Path(value).expanduser() if key in PATHS else value

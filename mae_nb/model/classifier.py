@@ -9,7 +9,7 @@ __all__ = ['ENCODER_OPTIONS', 'Classifier', 'encoder_options', 'create_classifie
 from torch import nn
 import torch
 
-from ..base.names import pick
+from ..base.names import pick, to_pair
 from .encoder import Encoder
 from .mae import SIZES
 
@@ -17,14 +17,16 @@ from .mae import SIZES
 class Classifier(Encoder):
     "An encoder that sees every patch, a pooling and a linear head; its state dict has timm's names."
     def __init__(self,
-        num_classes:int,     # outputs of the head
-        pool:str='avg',      # 'avg': mean of the patch tokens, then a norm; 'cls': the class token after the encoder's norm
-        **kwargs,            # `Encoder`'s options
+        num_classes:int,        # outputs of the head
+        pool:str='avg',         # 'avg': mean of the patch tokens, then a norm; 'cls': class token after the last norm
+        config:dict|None=None,  # what it was made from, for files
+        **kwargs,               # `Encoder`'s options
     ):
-        super().__init__(**kwargs)
+        super().__init__(config=config, **kwargs)
         self.pool = pick(pool, ('avg', 'cls'), 'pooling')
         self.pos_embed.requires_grad_(True)
-        if pool == 'avg': self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
+        if pool == 'avg':
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
         self.head = nn.Linear(self.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -33,8 +35,9 @@ class Classifier(Encoder):
         imgs:torch.Tensor,                  # standardised images (b, c, h, w)
         drop_noise:torch.Tensor|None=None,  # uniform random numbers (b, depth, 2) for drop path
     ) -> torch.Tensor:                      # logits (b, num_classes)
-        x = super().forward(imgs, drop_noise=drop_noise)
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)) if self.pool == 'avg' else x[:, 0])
+        tokens = super().forward(imgs, drop_noise=drop_noise)
+        pooled = self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.pool == 'avg' else tokens[:, 0]
+        return self.head(pooled)
 
 # %% ../../nbs/model/09_classifier.ipynb #b2300001
 ENCODER_OPTIONS = ('img_size', 'in_chans', 'patch_size', 'dim', 'depth', 'num_heads', 'mlp_ratio')
@@ -44,20 +47,22 @@ def encoder_options(
     **kwargs,   # what differs from the size; None = the size's own
 ) -> dict:      # `Encoder`'s options
     "An encoder's options by the name of a size."
-    for k in kwargs: pick(k, ENCODER_OPTIONS, 'option of an encoder')
-    size = dict(in_chans=3) | SIZES[pick(name, SIZES, 'model')] | {k: v for k, v in kwargs.items() if v is not None}
+    for k in kwargs:
+        pick(k, ENCODER_OPTIONS, 'option of an encoder')
+    changes = {k: v for k, v in kwargs.items() if v is not None}
+    size = dict(in_chans=3) | SIZES[pick(name, SIZES, 'model')] | changes
     return {k: v for k, v in size.items() if k in ENCODER_OPTIONS}
 
 # %% ../../nbs/model/09_classifier.ipynb #50a292bf
 def create_classifier(
-    name:str,                # a key of `SIZES`
-    num_classes:int,         # outputs of the head
-    pool:str='avg',          # 'avg' or 'cls'
-    drop_path:float=0.,      # stochastic depth of the last block; grows linearly from 0
-    **kwargs,                # img_size, in_chans, or other entries of the size
-) -> Classifier:
+    name:str,            # a key of `SIZES`
+    num_classes:int,     # outputs of the head
+    pool:str='avg',      # 'avg' or 'cls'
+    drop_path:float=0.,  # stochastic depth of the last block; grows linearly from 0
+    **kwargs,            # img_size, in_chans, or other entries of the size
+) -> Classifier:         # its `config` holds all of these
     "A classifier with the encoder of a named size."
     options = encoder_options(name, **kwargs)
-    model = Classifier(num_classes, pool, drop_path=drop_path, **options)
-    model.config = dict(name=name, num_classes=num_classes, pool=pool, drop_path=drop_path) | kwargs | dict(in_chans=model.in_chans, img_size=model.img_size)
-    return model
+    config = dict(name=name, num_classes=num_classes, pool=pool, drop_path=drop_path) | kwargs
+    config |= dict(in_chans=options['in_chans'], img_size=to_pair(options['img_size']))
+    return Classifier(num_classes, pool, config, drop_path=drop_path, **options)

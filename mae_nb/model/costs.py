@@ -6,79 +6,128 @@
 __all__ = ['ModelPart', 'model_parts', 'forward_flops', 'step_flops', 'Memory', 'step_memory']
 
 # %% ../../nbs/model/10_costs.ipynb #7064f06f
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
+from .encoder import Encoder
 from .mae import MAE
+from .transformer import Block, CrossBlock
 
 # %% ../../nbs/model/10_costs.ipynb #5beed012
 class ModelPart(NamedTuple):
     "A piece of a model: what it computes and what it keeps, for one image."
     name: str          # what it is
     module: nn.Module  # the piece
-    flops: int         # operations going forward
-    kept: int          # bytes kept for the way back
-    entry: int         # bytes of what goes in: all that is kept with activation checkpointing
+    flops: int         # operations of its forward pass
+    kept: int          # bytes kept for the backward pass
+    entry: int         # bytes of its input: all that is kept with activation checkpointing
+
+    @property
+    def is_block(self) -> bool:
+        "Whether it is a transformer block."
+        return isinstance(self.module, (Block, CrossBlock))
+
+    @property
+    def learns(self) -> bool:
+        "Whether any of its weights is trained."
+        return any(p.requires_grad for p in self.module.parameters())
+
+# %% ../../nbs/model/10_costs.ipynb #992f1e8d
+def _linear(name, module, tokens, inputs, outputs, width):
+    "A linear layer on `tokens`; `width`: bytes of a number in a matrix product."
+    size = tokens * inputs * width
+    return ModelPart(name, module, 2 * tokens * inputs * outputs, size, size)
+
+def _norm(name, module, tokens, dim):
+    "A layer norm, which computes in float32 and keeps its input, and a mean and a deviation for each token."
+    return ModelPart(name, module, 0, tokens * (dim + 2) * 4, tokens * dim * 4)
 
 def _block(name, block, n, m, width):
-    "A block on `n` tokens; in a cross block they ask `m` others. `width`: bytes of a number in a matrix product."
+    "A block on `n` tokens, which ask `m` others in a cross block and themselves in an ordinary one."
     d, hidden, heads = block.norm1.weight.numel(), block.mlp.fc1.out_features, block.attn.num_heads
-    cross = hasattr(block.attn, 'kv')
-    source = block.attn.kv.in_features if cross else d
-    flops = 2 * (2 * n * d * d + 2 * m * source * d + 2 * n * d * hidden) + 4 * n * m * d
-    norms, stats = 2 * n * d * 4, n * (2 * 2 + heads) * 4
-    products = 4 * n * d + 2 * m * d + 2 * n * hidden   # inputs of qkv, projection and fc1, the queries; keys and values; both sides of the GELU
-    return ModelPart(name, block, flops, norms + stats + products * width, n * d * 4)
+    source = block.attn.kv.in_features if isinstance(block, CrossBlock) else d
+    queries_and_projection = 2 * n * d * d
+    keys_and_values = 2 * m * source * d
+    mlp = 2 * n * d * hidden
+    flops = 2 * (queries_and_projection + keys_and_values + mlp) + 4 * n * m * d
+    # 4 n d: the inputs of the query layer, the projection and the MLP, and the queries;
+    # 2 m d: keys and values; 2 n hidden: both sides of the GELU
+    products = 4 * n * d + 2 * m * d + 2 * n * hidden
+    norms, statistics = 2 * n * d * 4, n * (2 * 2 + heads) * 4
+    return ModelPart(name, block, flops, norms + statistics + products * width, n * d * 4)
+
+# %% ../../nbs/model/10_costs.ipynb #31debee6
+def _encoder(model):
+    "The encoder of a model: a classifier is one, an `MAE` and a probe have one."
+    return model if isinstance(model, Encoder) else model.encoder
+
+def _head(model):
+    "The last linear layer: of a classifier its head, of a probe a layer inside its head."
+    return model.head if isinstance(model.head, nn.Linear) else model.head.linear
+
+def _encoder_parts(encoder, patches, width):
+    "The parts of an encoder that works on this number of patches."
+    tokens, pixels = patches + 1, encoder.patch_size**2 * encoder.in_chans
+    parts = [_linear('patch embedding', encoder.patch_embed, patches, pixels, encoder.dim, width)]
+    parts += [_block('encoder', block, tokens, tokens, width) for block in encoder.blocks]
+    if not isinstance(encoder.norm, nn.Identity):
+        parts.append(_norm('encoder', encoder.norm, tokens, encoder.dim))
+    return parts
+
+# %% ../../nbs/model/10_costs.ipynb #7584c2de
+def _decoder_parts(mae, n, keep, seen, width):
+    "The parts of an MAE's decoder and its loss: `n` patches, of which `keep` stay and the encoder works on `seen`."
+    decoder, dim, out = mae.decoder, mae.decoder.norm.weight.numel(), mae.decoder.pred.out_features
+    parts, source = [], seen + 1   # the encoder's tokens
+    if mae.partial:
+        tokens = predicted = max(int(mae.decode_ratio * (n - keep)), 1)
+    else:
+        tokens, predicted = n + 1, n
+        parts.append(_linear('decoder', decoder.embed, source, mae.encoder.dim, dim, width))
+        if decoder.mask_token is not None:
+            parts.append(ModelPart('decoder', decoder, 0, n * dim * 8, 0))   # the unshuffle's indices
+        source = tokens            # self-attention
+    parts += [_block('decoder', block, tokens, source, width) for block in decoder.blocks]
+    parts.append(_norm('decoder', decoder.norm, tokens, dim))
+    parts.append(_linear('decoder', decoder.pred, tokens, dim, out, width))
+    return [*parts, ModelPart('loss', mae.target, 0, predicted * out * 4, 0)]
 
 def model_parts(
-    model:nn.Module,        # an `MAE`, a `Classifier`, or a linear probe
+    model:nn.Module,        # an `MAE`, a `Classifier`, or a probe with `encoder` and `head`
     amp:bool=False,         # bfloat16 matrix products
     mask_ratio:float=None,  # of an MAE, in (0, 1); its own if None
-) -> list[ModelPart]:            # in the order of the computation
+) -> list[ModelPart]:       # in the order of the computation
     "What one image costs in each piece of a model that trains."
-    encoder, width, mae = getattr(model, 'encoder', model), 2 if amp else 4, isinstance(model, MAE)
-    n, d = encoder.grid[0] * encoder.grid[1], encoder.dim
-    if mae: keep = int(n * (1 - (model.mask_ratio if mask_ratio is None else mask_ratio)))
-    k = keep if mae and encoder.mask_token is None else n
-    patch = encoder.patch_size**2 * encoder.in_chans
-    linear = lambda name, module, tokens, i, o: ModelPart(name, module, 2 * tokens * i * o, tokens * i * width, tokens * i * width)
-    norm = lambda name, module, tokens, dim: ModelPart(name, module, 0, tokens * (dim + 2) * 4, tokens * dim * 4)
-    found = [linear('patch embedding', encoder.patch_embed, k, patch, d), *(_block('encoder', b, k + 1, k + 1, width) for b in encoder.blocks)]
-    if not isinstance(encoder.norm, nn.Identity): found.append(norm('encoder', encoder.norm, k + 1, d))
-    if not mae:
-        head = model.head if isinstance(model.head, nn.Linear) else model.head.linear
-        return [*found, linear('head', head, 1, d, head.out_features)]
-    dec = model.decoder
-    dim, out = dec.norm.weight.numel(), dec.pred.out_features
-    if model.partial: tokens = count = max(int(model.decode_ratio * (n - keep)), 1)
-    else:
-        tokens, count = n + 1, n
-        found.append(linear('decoder', dec.embed, k + 1, d, dim))
-        if dec.mask_token is not None: found.append(ModelPart('decoder', dec, 0, n * dim * 8, 0))   # the unshuffle's indices
-    found += [_block('decoder', b, tokens, k + 1 if model.partial else tokens, width) for b in dec.blocks]
-    error = ModelPart('loss', model.target, 0, count * out * 4, 0)
-    return [*found, norm('decoder', dec.norm, tokens, dim), linear('decoder', dec.pred, tokens, dim, out), error]
+    encoder, width = _encoder(model), 2 if amp else 4
+    n = encoder.grid[0] * encoder.grid[1]
+    if not isinstance(model, MAE):
+        head = _head(model)
+        return [*_encoder_parts(encoder, n, width), _linear('head', head, 1, encoder.dim, head.out_features, width)]
+    keep = int(n * (1 - (model.mask_ratio if mask_ratio is None else mask_ratio)))
+    seen = keep if encoder.mask_token is None else n
+    return _encoder_parts(encoder, seen, width) + _decoder_parts(model, n, keep, seen, width)
 
 # %% ../../nbs/model/10_costs.ipynb #5beed015
 def forward_flops(
     model:nn.Module,        # as for `model_parts`
     mask_ratio:float=None,  # of an MAE, in (0, 1); its own if None
-) -> int:
-    "Operations of matrix products for one image, forward."
+) -> int:                   # operations of matrix products
+    "Operations of the forward pass for one image."
     return sum(p.flops for p in model_parts(model, mask_ratio=mask_ratio))
 
 def step_flops(
     model:nn.Module,        # as for `model_parts`
     mask_ratio:float=None,  # of an MAE, in (0, 1); its own if None
-) -> int:
-    "Operations of matrix products for one image, forward and backward."
-    total, below = 0, False   # below: something in front of this part learns
-    for p in model_parts(model, mask_ratio=mask_ratio):
-        learns = any(w.requires_grad for w in p.module.parameters())
-        inner = learns and hasattr(p.module, 'attn')   # a block's own norm lies before its products
-        total += p.flops * (1 + learns + (below or inner))
-        below |= learns
+) -> int:                   # operations of matrix products
+    "Operations of the forward and the backward pass for one image."
+    total, learned_below = 0, False   # whether a part in front of this one learns
+    for part in model_parts(model, mask_ratio=mask_ratio):
+        # a gradient of the input flows to what learns below; in a block, to its own norm in front of the products
+        needs_input = learned_below or part.learns and part.is_block
+        total += part.flops * (1 + part.learns + needs_input)
+        learned_below |= part.learns
     return total
 
 # %% ../../nbs/model/10_costs.ipynb #5beed023
@@ -87,47 +136,71 @@ class Memory(NamedTuple):
     weights: int
     optimizer: int    # its moving averages
     average: int      # EMA's copy of the weights
-    gradients: int    # those that are there at the peak
-    activations: int  # kept for the way back
+    gradients: int    # those that exist at the peak
+    activations: int  # kept for the backward pass
     batch: int        # the images, the prediction, and the largest intermediate results
     saving: int = 0   # a checkpoint's copy and the file made of it, where they lie in the same memory
-    @property
-    def total(self): return sum(self)
 
+    @property
+    def total(self) -> int:
+        "All of it."
+        return sum(self)
+
+# %% ../../nbs/model/10_costs.ipynb #cab41fa9
+def _numel(
+    parameters:Iterable[nn.Parameter],
+) -> int:
+    "How many numbers they have in all."
+    return sum(p.numel() for p in parameters)
+
+def _kept_bytes(parts, checkpointing):
+    "Bytes that one image keeps for the backward pass."
+    first = next((i for i, part in enumerate(parts) if part.learns), 0)
+    live = parts[first:]   # below the lowest part that learns nothing is kept
+    if not checkpointing:
+        return sum(part.kept for part in live)
+    entries = sum(part.entry if part.is_block else part.kept for part in live)
+    return entries + max((part.kept for part in live if part.is_block), default=0)   # one block at a time is whole
+
+def _whole_for_a_moment(model, parts):
+    "Of a model in shards: the numbers of the largest block, and those that are in no block."
+    sizes = [_numel(part.module.parameters()) for part in parts if part.is_block]
+    return max(sizes), _numel(model.parameters()) - sum(sizes)
+
+def _batch_bytes(model, parts):
+    "Bytes of one image, its target and its prediction, and of the largest intermediate results."
+    encoder = _encoder(model)
+    pixels = encoder.in_chans * encoder.img_size[0] * encoder.img_size[1] * 4
+    return 3 * pixels + 4 * max((part.entry for part in parts if part.is_block), default=0)
+
+# %% ../../nbs/model/10_costs.ipynb #73bd73b4
 def step_memory(
     model:nn.Module,           # as for `model_parts`
     bs:int,                    # samples in a batch on the device
     *,
     amp:bool=False,            # bfloat16 matrix products; keeps a bfloat16 copy of the weights during the step
-    checkpointing:bool=False,  # keep only what enters each block and compute the rest again
+    checkpointing:bool=False,  # keep only the input of each block and compute the rest again
     ema:bool=False,            # an average of the weights
     accumulate:int=1,          # batches for one optimizer step: with more than one the gradients stay
     slots:int=2,               # numbers that the optimizer keeps for each weight: 2 AdamW, 1 LARS
     beside:bool=False,         # on a CPU, where a checkpoint is made in the memory that trains
     shards:int=1,              # processes that hold weights, averages and gradients together (FSDP)
-) -> Memory:
+) -> Memory:                   # bytes
     "What a training step needs."
-    numel = lambda ps: sum(p.numel() for p in ps)
-    every, trained = numel(model.parameters()), numel(p for p in model.parameters() if p.requires_grad)
-    found = model_parts(model, amp)
-    first = next((i for i, p in enumerate(found) if any(w.requires_grad for w in p.module.parameters())), 0)
-    live = found[first:]   # below the lowest part that learns nothing is kept
-    blocks = [p for p in live if hasattr(p.module, 'attn')]
-    kept = sum(p.entry if checkpointing and p in blocks else p.kept for p in live)
-    if checkpointing and blocks: kept += max(p.kept for p in blocks)
-    encoder = getattr(model, 'encoder', model)
-    pixels = encoder.in_chans * encoder.img_size[0] * encoder.img_size[1] * 4
-    entry = max((p.entry for p in found if hasattr(p.module, 'attn')), default=0)
-    copies = (every if amp else 0) * 2
-    activations, gradients, passing = kept * bs + copies, trained * 4, 0
+    parts = model_parts(model, amp)
+    every, trained = _numel(model.parameters()), _numel(p for p in model.parameters() if p.requires_grad)
+    state = dict(weights=every * 4, optimizer=trained * 4 * slots, average=every * 4 if ema else 0)
+    held = {name: size // shards for name, size in state.items()}
+    gradients = trained * 4
     if shards > 1:
-        each = [numel(p.module.parameters()) for p in found if hasattr(p.module, 'attn')]
-        rest = every - sum(each)
-        passing = (rest + 2 * max(each)) * 4   # put together for a moment: what is in no block, this block, and the next
-        if accumulate == 1: gradients = gradients // shards + (rest + max(each)) * 4   # those that wait for more batches are whole
-    early = activations + (gradients if accumulate > 1 else 0)
-    if early >= gradients: at_peak = (gradients if accumulate > 1 else 0), activations
-    else: at_peak = gradients, 0
-    state = every * 4, trained * 4 * slots, every * 4 if ema else 0
-    held = [x // shards for x in state]
-    return Memory(held[0] + passing, *held[1:], *at_peak, bs * (3 * pixels + 4 * entry), 2 * sum(state) if beside else 0)
+        largest, rest = _whole_for_a_moment(model, parts)
+        held['weights'] += (rest + 2 * largest) * 4   # this block is whole, and the next one already
+        if accumulate == 1:                           # gradients that wait for more batches are whole
+            gradients = gradients // shards + (rest + largest) * 4
+    waiting = gradients if accumulate > 1 else 0      # those of earlier batches
+    activations = bs * _kept_bytes(parts, checkpointing) + (every * 2 if amp else 0)
+    peak = dict(gradients=waiting, activations=activations)         # between the forward and the backward pass
+    if activations + waiting < gradients:
+        peak = dict(gradients=gradients, activations=0)             # at the end of the backward pass
+    saving = 2 * sum(state.values()) if beside else 0
+    return Memory(**held, **peak, batch=bs * _batch_bytes(model, parts), saving=saving)
