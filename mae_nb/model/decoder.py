@@ -24,35 +24,42 @@ class Decoder(nn.Module):
         depth:int=8,           # number of blocks
         num_heads:int=16,      # heads nh
         mlp_ratio:float=4.,    # width of the MLP's hidden layer / dim
-        mask_tokens:bool=True, # fill the gaps; False for an encoder that has its own mask tokens and so leaves none
+        mask_tokens:bool=True, # fill the gaps; False for an encoder with mask tokens of its own, which leaves none
     ):
         super().__init__()
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim)) if mask_tokens else None
-        self.pos_embed = nn.Parameter(sincos_2d(dim, grid, cls_token=True)[None], requires_grad=False)
+        positions = sincos_2d(dim, grid, cls_token=True)[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, out_dim)
         self.apply(init_transformer)
-        if mask_tokens: nn.init.normal_(self.mask_token, std=.02)
+        if mask_tokens:
+            nn.init.normal_(self.mask_token, std=.02)
 
     def forward(self,
         x:torch.Tensor,            # the encoder's tokens (b, 1 + k, in_dim), the class token first
-        ids_restore:torch.Tensor,  # (b, n) where in the shuffled sequence each patch has gone
+        ids_restore:torch.Tensor,  # (b, n) each patch's place in the shuffled sequence
     ) -> torch.Tensor:             # predictions (b, n, out_dim), in image order
         x = self.embed(x)
-        if self.mask_token is not None:   # else all patches are there, in image order
-            b, n = ids_restore.shape
-            gaps = self.mask_token.expand(b, n + 1 - x.shape[1], -1)
-            patches = gather_tokens(torch.cat([x[:, 1:], gaps], dim=1), ids_restore)
-            x = torch.cat([x[:, :1], patches], dim=1)
+        if self.mask_token is not None:
+            x = self._fill_gaps(x, ids_restore)
         x = x + self.pos_embed
-        for block in self.blocks: x = block(x)
+        for block in self.blocks:
+            x = block(x)
         return self.pred(self.norm(x))[:, 1:]
+
+    def _fill_gaps(self, x, ids_restore):
+        "Tokens (b, 1 + k, dim) with mask tokens in the gaps, in image order: (b, 1 + n, dim)."
+        b, n = ids_restore.shape
+        gaps = self.mask_token.expand(b, n + 1 - x.shape[1], -1)
+        patches = gather_tokens(torch.cat([x[:, 1:], gaps], dim=1), ids_restore)
+        return torch.cat([x[:, :1], patches], dim=1)
 
 # %% ../../nbs/model/06_decoder.ipynb #06dec003
 class CrossDecoder(nn.Module):
-    "Predict chosen patches, each by itself, by asking the encoder's tokens (CrossMAE)."
+    "Predict chosen patches, each by itself, by cross-attention to the encoder's tokens (CrossMAE)."
     def __init__(self,
         grid:tuple[int, int],  # (rows, columns) of the grid of patches
         in_dim:int,            # the encoder's width
@@ -75,7 +82,11 @@ class CrossDecoder(nn.Module):
         source:torch.Tensor,         # the encoder's tokens (b, 1 + k, in_dim)
         ids:torch.Tensor|None=None,  # (b, m) which patches to predict; all n, in image order, if None
     ) -> torch.Tensor:               # predictions (b, m, out_dim)
-        pos = self.pos_embed.expand(len(source), -1, -1) if ids is None else self.pos_embed[0][ids]
+        if ids is None:
+            pos = self.pos_embed.expand(source.shape[0], -1, -1)
+        else:
+            pos = self.pos_embed[0][ids]
         x = self.mask_token + pos
-        for block in self.blocks: x = block(x, source)
+        for block in self.blocks:
+            x = block(x, source)
         return self.pred(self.norm(x))

@@ -11,6 +11,7 @@ from torch import nn
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UsageError
 from ..base.names import to_pair
 from .masking import Mask, gather_tokens
 from .patches import grid_size, patchify
@@ -29,8 +30,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))   # the bias keeps the convolution's own initialisation
 
-    def forward(self, patches:torch.Tensor):  # (b, k, p*p*c) -> (b, k, d)
-        return F.linear(patches, rearrange(self.proj.weight, 'd c p1 p2 -> d (p1 p2 c)'), self.proj.bias)
+    def forward(self,
+        patches:torch.Tensor,  # (b, k, p*p*c)
+    ) -> torch.Tensor:         # tokens (b, k, d)
+        weight = rearrange(self.proj.weight, 'd c p1 p2 -> d (p1 p2 c)')
+        return F.linear(patches, weight, self.proj.bias)
 
 # %% ../../nbs/model/05_encoder.ipynb #8df92990
 class Encoder(nn.Module):
@@ -45,15 +49,17 @@ class Encoder(nn.Module):
         mlp_ratio:float=4.,                # width of the MLP's hidden layer / d
         drop_path:float=0.,                # stochastic depth of the last block; grows linearly from 0
         mask_tokens:bool=False,            # put a learned token into the place of each removed patch (Table 1c)
-        config:dict|None=None,             # what it was made from, for files
+        config:dict|None=None,             # the options it was created with, kept as `.config`; {} if made by hand
     ):
         super().__init__()
         self.config = dict(config or {})
-        self.img_size, self.patch_size, self.in_chans, self.dim = to_pair(img_size), patch_size, in_chans, dim
+        self.img_size, self.patch_size = to_pair(img_size), patch_size
+        self.in_chans, self.dim = in_chans, dim
         self.grid = grid_size(self.img_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid, cls_token=True)[None], requires_grad=False)
+        positions = sincos_2d(dim, self.grid, cls_token=True)[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -61,63 +67,85 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * .02) if mask_tokens else None
 
-    def check(self, imgs:torch.Tensor):
-        "Raise a clear error where images do not fit the model."
-        want = (self.in_chans, *self.img_size)
-        if tuple(imgs.shape[1:]) != want:
-            raise ValueError(f'the model takes images of shape {want} (channels, rows, columns), got {tuple(imgs.shape[1:])}: '
+    def check(self,
+        imgs:torch.Tensor,  # images (b, c, h, w)
+    ):
+        "Raise a `UsageError` where images do not fit the model."
+        shape, fitting = tuple(imgs.shape[1:]), (self.in_chans, *self.img_size)
+        if shape != fitting:
+            raise UsageError(f'the model takes images of shape {fitting} (channels, rows, columns), got {shape}: '
                              'resize the images or create the model with this img_size and in_chans')
 
-    def embed(self, imgs:torch.Tensor, mask:Mask|None=None):  # (b, c, h, w) -> (b, 1 + k, d): what the first block gets
+    def embed(self,
+        imgs:torch.Tensor,    # images (b, c, h, w)
+        mask:Mask|None=None,  # which patches to see; all of them if None
+    ) -> torch.Tensor:        # tokens (b, 1 + k, d), the class token first; with mask tokens (b, 1 + n, d)
+        "The input of the first block."
         self.check(imgs)
         x, pos = patchify(imgs, self.patch_size), self.pos_embed[:, 1:]
-        if mask is None: x = self.patch_embed(x) + pos
-        elif self.mask_token is None: x = self.patch_embed(gather_tokens(x, mask.ids_keep)) + pos[0][mask.ids_keep]
-        else: x = torch.where(mask.mask[..., None].bool(), self.mask_token, self.patch_embed(x)) + pos
+        if mask is None:
+            x = self.patch_embed(x) + pos
+        elif self.mask_token is None:
+            x = self.patch_embed(gather_tokens(x, mask.ids_keep)) + pos[0][mask.ids_keep]
+        else:
+            removed = mask.mask[..., None].bool()
+            x = torch.where(removed, self.mask_token, self.patch_embed(x)) + pos
         cls = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
 
     def forward(self,
-        imgs:torch.Tensor,            # images (b, c, h, w)
-        mask:Mask|None=None,          # which patches to see; all of them, in image order, if None
+        imgs:torch.Tensor,                  # images (b, c, h, w)
+        mask:Mask|None=None,                # which patches to see; all of them, in image order, if None
         drop_noise:torch.Tensor|None=None,  # uniform random numbers (b, depth, 2) for drop path
-    ) -> torch.Tensor:                # tokens (b, 1 + k, d), the class token first; with mask tokens (b, 1 + n, d), in image order
+    ) -> torch.Tensor:                      # tokens (b, 1 + k, d), class token first; with mask tokens (b, 1 + n, d)
         x = self.embed(imgs, mask)
-        for i, block in enumerate(self.blocks): x = block(x, None if drop_noise is None else drop_noise[:, i])
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if drop_noise is None else drop_noise[:, i])
         return self.norm(x)
 
 # %% ../../nbs/model/05_encoder.ipynb #100c0002
+def _block_number(encoder, block):
+    "The number of a block from 0, where -1 means the last."
+    depth = len(encoder.blocks)
+    if not -depth <= block < depth:
+        raise UsageError(f'block {block} does not exist: the encoder has {depth}, numbered 0 to {depth - 1}')
+    return block % depth
+
 def block_tokens(
     encoder:Encoder,    # or a `Classifier`
     imgs:torch.Tensor,  # standardised images (b, c, h, w)
     block:int=-1,       # after which block, from 0; -1 = the last
     norm:bool=False,    # apply the encoder's last norm
 ) -> torch.Tensor:      # tokens (b, 1 + n, d), the class token first, in image order
-    "What an encoder has made of images after a block, all patches visible."
-    depth = len(encoder.blocks)
-    if not -depth <= block < depth: raise ValueError(f'block {block} is not there: the encoder has {depth}, numbered 0 to {depth - 1}')
+    "The tokens of images after a block, with all patches visible."
+    number = _block_number(encoder, block)
     x = encoder.embed(imgs)
-    for b in encoder.blocks[:block % depth + 1]: x = b(x)
+    for each in encoder.blocks[:number + 1]:
+        x = each(x)
     return encoder.norm(x) if norm else x
 
 # %% ../../nbs/model/05_encoder.ipynb #100c0004
 def pool_tokens(
     tokens:torch.Tensor,  # (b, 1 + n, d), the class token first
-    pool:str='avg',       # 'avg': mean of the patch tokens; 'cls': the class token; 'patches': all patch tokens, no class token
+    pool:str='avg',       # 'avg': mean of the patch tokens; 'cls': class token; 'patches': patch tokens without it
 ) -> torch.Tensor:        # (b, d), or (b, n, d) for 'patches'
-    "One vector for a picture, or its patches alone."
-    if pool == 'avg': return tokens[:, 1:].mean(dim=1)
-    if pool == 'cls': return tokens[:, 0]
-    if pool == 'patches': return tokens[:, 1:]
-    raise ValueError(f"unknown pooling {pool!r}: 'avg', 'cls' or 'patches'")
+    "One vector for each image, or the tokens of its patches."
+    if pool == 'avg':
+        return tokens[:, 1:].mean(dim=1)
+    if pool == 'cls':
+        return tokens[:, 0]
+    if pool == 'patches':
+        return tokens[:, 1:]
+    raise UsageError(f"unknown pooling {pool!r}: use 'avg', 'cls' or 'patches'")
 
 # %% ../../nbs/model/05_encoder.ipynb #100c0006
 def attention_maps(
     encoder:Encoder,    # or a `Classifier`
     imgs:torch.Tensor,  # standardised images (b, c, h, w)
     block:int=-1,       # which block, from 0; -1 = the last
-) -> torch.Tensor:      # (b, nh, 1 + n, 1 + n): row = who looks, column = at whom; number 0 is the class token
-    "Where each head of a block looks, all patches visible."
-    depth = len(encoder.blocks)
-    before = block_tokens(encoder, imgs, block % depth - 1) if block % depth else encoder.embed(imgs)
-    return encoder.blocks[block].attn.weights(encoder.blocks[block].norm1(before))
+) -> torch.Tensor:      # (b, nh, 1 + n, 1 + n): row = the token that looks, column = where; 0 = class token
+    "Where each head of a block looks, with all patches visible."
+    number = _block_number(encoder, block)
+    before = block_tokens(encoder, imgs, number - 1) if number else encoder.embed(imgs)
+    looking = encoder.blocks[number]
+    return looking.attn.weights(looking.norm1(before))

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import nn
 import torch
 
-from ..base.names import pick, to_pair
+from ..base.errors import UsageError
+from ..base.names import pick
 from .decoder import CrossDecoder, Decoder
 from .encoder import Encoder
 from .masking import Mask, block_mask, gather_tokens, given_mask, grid_mask, num_keep, random_mask
@@ -36,7 +37,7 @@ MASKS = {'random': random_mask, 'block': block_mask, 'grid': grid_mask}
 class MAEOutput(NamedTuple):
     "What a masked autoencoder returns."
     loss: torch.Tensor  # one number
-    pred: torch.Tensor  # predictions (b, n, out_dim) of all patches, masked or not; a `CrossDecoder` in training gives the chosen ones only
+    pred: torch.Tensor  # predictions (b, n, out_dim) of all patches; a `CrossDecoder` in training: chosen ones only
     mask: torch.Tensor  # (b, n), 1 = removed
 
 # %% ../../nbs/model/08_mae.ipynb #ba75afbf
@@ -48,32 +49,57 @@ class MAE(nn.Module):
         target:nn.Module,                # what to predict: one of `TARGETS`, made for the encoder's patches
         mask:str|Callable='random',      # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) -> Mask
         mask_ratio:float=.75,            # share of patches removed, in (0, 1)
-        loss_on:str='masked',            # 'masked': the loss looks at removed patches only; 'all': at every patch
-        decode_ratio:float=1.,           # share of removed patches that a `CrossDecoder` predicts in training, in (0, 1]
+        loss_on:str='masked',            # 'masked': the loss is on removed patches only; 'all': on every patch
+        decode_ratio:float=1.,           # share of removed patches predicted in training, in (0, 1]; `CrossDecoder`
+        config:dict|None=None,           # the options of `create_mae`, kept as `.config`; {} if made by hand
     ):
         super().__init__()
+        self.config = dict(config or {})
         self.encoder, self.decoder, self.target = encoder, decoder, target
-        self.mask_ratio, self.loss_on, self.decode_ratio = mask_ratio, pick(loss_on, ('masked', 'all'), 'loss_on'), decode_ratio
+        self.loss_on = pick(loss_on, ('masked', 'all'), 'loss_on')
         self.sampler = mask if callable(mask) else MASKS[pick(mask, MASKS, 'mask')]
+        self.mask_ratio, self.decode_ratio = mask_ratio, decode_ratio
         self.partial = isinstance(decoder, CrossDecoder)
-        num_keep(self.num_patches, mask_ratio)
-        if not 0 < decode_ratio <= 1: raise ValueError(f'decode_ratio must be above 0 and at most 1, got {decode_ratio}')
-        if decode_ratio < 1 and not self.partial: raise ValueError(f"decode_ratio={decode_ratio} has no effect on this decoder, which predicts all patches: use decoder='cross'")
-        if self.partial and loss_on == 'all': raise ValueError("loss_on='all' has no effect with decoder='cross', which predicts removed patches only: use decoder='self'")
+        num_keep(self.num_patches, mask_ratio)   # raises where this ratio cannot work
+        self._check_options()
+
+    def _check_options(self):
+        "Raise where an option cannot work with the decoder."
+        if not 0 < self.decode_ratio <= 1:
+            raise UsageError(f'decode_ratio must be above 0 and at most 1, got decode_ratio={self.decode_ratio}')
+        if self.decode_ratio < 1 and not self.partial:
+            raise UsageError(f'decode_ratio={self.decode_ratio} has no effect on this decoder, '
+                             "which predicts all patches: use decoder='cross'")
+        if self.partial and self.loss_on == 'all':
+            raise UsageError("loss_on='all' has no effect with decoder='cross', "
+                             "which predicts removed patches only: use decoder='self'")
 
     @property
-    def num_patches(self): return self.encoder.grid[0] * self.encoder.grid[1]
+    def num_patches(self):
+        "Patches n in an image."
+        rows, cols = self.encoder.grid
+        return rows * cols
 
-    def make_mask(self, imgs, mask_ratio=None, noise=None, mask=None) -> Mask:
-        "The mask for a batch: given, or drawn by the sampler from given or fresh noise (b, n)."
-        shape = (len(imgs), self.num_patches)
-        for name, x in (('noise', noise), ('mask', mask)):
-            if x is not None and tuple(x.shape) != shape: raise ValueError(f'{name} must have shape {shape} (batch, patches), got {tuple(x.shape)}')
+    def make_mask(self,
+        imgs:torch.Tensor,             # images (b, c, h, w)
+        mask_ratio:float|None=None,    # share of patches removed, in (0, 1); the model's own if None
+        noise:torch.Tensor|None=None,  # uniform random numbers (b, n) for the sampler; fresh ones if None
+        mask:torch.Tensor|None=None,   # a mask (b, n) of your own, 1 = removed
+    ) -> Mask:
+        "The mask of a batch: a given one, or one that the sampler makes from noise."
+        shape = (imgs.shape[0], self.num_patches)
+        for name, given in (('noise', noise), ('mask', mask)):
+            if given is not None and tuple(given.shape) != shape:
+                raise UsageError(f'{name} must have shape {shape} (batch, patches), got {tuple(given.shape)}')
         if mask is not None:
-            if mask_ratio is not None: raise ValueError('a given mask leaves no use for mask_ratio: give one of them')
+            if mask_ratio is not None:
+                raise UsageError(f'a given mask leaves no use for mask_ratio={mask_ratio}: give one of them')
             return given_mask(mask, noise)
-        if noise is None: noise = torch.rand(shape, device=imgs.device)
-        return self.sampler(noise, self.encoder.grid, self.mask_ratio if mask_ratio is None else mask_ratio)
+        if noise is None:
+            noise = torch.rand(shape, device=imgs.device)
+        if mask_ratio is None:
+            mask_ratio = self.mask_ratio
+        return self.sampler(noise, self.encoder.grid, mask_ratio)
 
     def forward(self,
         imgs:torch.Tensor,                # standardised images (b, c, h, w)
@@ -85,17 +111,27 @@ class MAE(nn.Module):
         m = self.make_mask(imgs, mask_ratio, noise, mask)
         tokens, target = self.encoder(imgs, m), self.target(imgs)
         if self.partial and self.training:
-            ids = self.chosen(m)
-            pred = self.decoder(tokens, ids)
-            wanted = target.gather(1, ids) if target.ndim == 2 else gather_tokens(target, ids)
-            return MAEOutput(self.target.error(pred, wanted).mean(), pred, m.mask)
+            return self._predict_chosen(tokens, target, m)
         pred = self.decoder(tokens) if self.partial else self.decoder(tokens, m.ids_restore)
         error = self.target.error(pred, target)
-        return MAEOutput(error.mean() if self.loss_on == 'all' else masked_mean(error, m.mask), pred, m.mask)
+        loss = error.mean() if self.loss_on == 'all' else masked_mean(error, m.mask)
+        return MAEOutput(loss, pred, m.mask)
 
-    def chosen(self, m:Mask):  # -> (b, m) the removed patches that are predicted in training
+    def _predict_chosen(self, tokens, target, m):
+        "The output with a part of the removed patches, for a `CrossDecoder` in training."
+        ids = self.chosen(m)
+        pred = self.decoder(tokens, ids)
+        wanted = target.gather(1, ids) if target.ndim == 2 else gather_tokens(target, ids)
+        return MAEOutput(self.target.error(pred, wanted).mean(), pred, m.mask)
+
+    def chosen(self,
+        m:Mask,           # the mask of a batch
+    ) -> torch.Tensor:    # (b, m) numbers of the removed patches that are predicted in training
+        "The first removed patches in shuffled order, as many as `decode_ratio` says."
         n, k = m.ids_restore.shape[1], m.ids_keep.shape[1]
-        return m.ids_restore.argsort(dim=1)[:, k:k + max(int(self.decode_ratio * (n - k)), 1)]
+        count = max(int(self.decode_ratio * (n - k)), 1)
+        ids_shuffle = m.ids_restore.argsort(dim=1)
+        return ids_shuffle[:, k:k + count]
 
     def encode(self,
         imgs:torch.Tensor,             # standardised images (b, c, h, w)
@@ -104,46 +140,65 @@ class MAE(nn.Module):
     ) -> torch.Tensor:                 # tokens (b, 1 + k, d), the class token first; with ratio 0 in image order
         "Encode images; with `mask_ratio=0` all patches, in image order."
         self.encoder.check(imgs)
-        return self.encoder(imgs, self.make_mask(imgs, mask_ratio, noise) if mask_ratio else None)
+        mask = self.make_mask(imgs, mask_ratio, noise) if mask_ratio else None
+        return self.encoder(imgs, mask)
 
 # %% ../../nbs/model/08_mae.ipynb #0ca1e1ed
+_SIZE_DEFAULTS = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16, mlp_ratio=4.)
+_DEFAULTS = dict(target_size=None, loss_on='masked', encoder_mask_tokens=False, decoder='self', decode_ratio=1.)
+
 def create_mae(
-    name:str,                                    # a key of `SIZES`
+    name:str,                                # a key of `SIZES`
     *,
-    img_size:int|tuple[int, int]|None=None,      # side or (rows, columns) in pixels; the size's own if None
-    in_chans:int=3,                              # channels c
-    target:str|nn.Module='norm_pixels',          # what to predict: a key of `TARGETS`, or a target (Table 1d)
-    target_size:int|None=None,                   # components of 'pca' (96 if None), words of 'tokens' (512 if None)
-    mask:str|Callable='random',                  # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) -> Mask (Table 1f)
-    mask_ratio:float=.75,                        # share of patches removed, in (0, 1) (Figure 5)
-    loss_on:str='masked',                        # 'masked' patches or 'all' (section 4.1)
-    encoder_mask_tokens:bool=False,              # mask tokens in the encoder instead of the decoder (Table 1c)
-    decoder:str='self',                          # 'self': self-attention over all patches; 'cross': cross-attention, as CrossMAE
-    decode_ratio:float=1.,                       # share of removed patches predicted in training, in (0, 1]; below 1 only with 'cross'
-    **kwargs,                                    # other entries of the size: patch_size, dim, depth, decoder_dim, decoder_depth, ... (Table 1a, 1b)
+    img_size:int|tuple[int, int]|None=None,  # side or (rows, columns) in pixels; the size's own if None
+    in_chans:int=3,                          # channels c
+    target:str|nn.Module='norm_pixels',      # what to predict: a key of `TARGETS`, or a target (Table 1d)
+    target_size:int|None=None,               # components of 'pca' (96 if None), words of 'tokens' (512 if None)
+    mask:str|Callable='random',              # a key of `MASKS`, or a sampler (noise, grid, mask_ratio) (Table 1f)
+    mask_ratio:float=.75,                    # share of patches removed, in (0, 1) (Figure 5)
+    loss_on:str='masked',                    # 'masked' patches or 'all' (section 3)
+    encoder_mask_tokens:bool=False,          # mask tokens in the encoder instead of the decoder (Table 1c)
+    decoder:str='self',                      # 'self': self-attention over all patches; 'cross': as CrossMAE
+    decode_ratio:float=1.,                   # share of removed patches predicted in training; below 1 only with 'cross'
+    **kwargs,                                # entries of the size: patch_size, dim, decoder_dim, ... (Table 1a, 1b)
 ) -> MAE:
     "A masked autoencoder by name; every row of the paper's Table 1 is an option."
-    size = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16, mlp_ratio=4.) | SIZES[pick(name, SIZES, 'model')]
-    for k in kwargs: pick(k, size, 'option of create_mae')
-    size |= kwargs | ({} if img_size is None else {'img_size': img_size})
-    dim, depth, heads = (size.pop(f'decoder_{k}') for k in ('dim', 'depth', 'heads'))
+    size = _SIZE_DEFAULTS | SIZES[pick(name, SIZES, 'model')]
+    for option in kwargs:
+        pick(option, size, 'option of create_mae')
+    size |= kwargs
+    if img_size is not None:
+        size['img_size'] = img_size
+    own = {k: size.pop(f'decoder_{k}') for k in ('dim', 'depth', 'heads')}
     encoder = Encoder(in_chans=in_chans, mask_tokens=encoder_mask_tokens, **size)
-    aim = _target(target, target_size, size['patch_size'], in_chans)
-    shape = encoder.grid, encoder.dim, aim.out_dim, dim, depth, heads, size['mlp_ratio']
-    if pick(decoder, ('self', 'cross'), 'decoder') == 'self': dec = Decoder(*shape, mask_tokens=not encoder_mask_tokens)
-    elif encoder_mask_tokens: raise ValueError("encoder_mask_tokens leaves no gap for decoder='cross' to fill: use decoder='self'")
-    else: dec = CrossDecoder(*shape)
-    model = MAE(encoder, dec, aim, mask, mask_ratio, loss_on, decode_ratio)
-    changed = dict(target_size=(target_size, None), loss_on=(loss_on, 'masked'), encoder_mask_tokens=(encoder_mask_tokens, False), decoder=(decoder, 'self'), decode_ratio=(decode_ratio, 1.))
-    model.config = dict(name=name, img_size=to_pair(size['img_size']), in_chans=in_chans, target=aim.name, mask=mask if isinstance(mask, str) else mask.__name__,
-                        mask_ratio=mask_ratio) | {k: v for k, (v, default) in changed.items() if v != default} | kwargs
-    return model
+    made_target = _make_target(target, target_size, size['patch_size'], in_chans)
+    shape = encoder.grid, encoder.dim, made_target.out_dim, own['dim'], own['depth'], own['heads'], size['mlp_ratio']
+    made_decoder = _make_decoder(decoder, encoder_mask_tokens, shape)
+    options = dict(target_size=target_size, loss_on=loss_on, encoder_mask_tokens=encoder_mask_tokens,
+                   decoder=decoder, decode_ratio=decode_ratio)
+    config = dict(name=name, img_size=encoder.img_size, in_chans=in_chans, target=made_target.name,
+                  mask=mask if isinstance(mask, str) else mask.__name__, mask_ratio=mask_ratio)
+    config |= {k: v for k, v in options.items() if v != _DEFAULTS[k]} | kwargs
+    return MAE(encoder, made_decoder, made_target, mask, mask_ratio, loss_on, decode_ratio, config)
 
-def _target(target, size, patch_size, in_chans):
-    "The target itself, made by name or checked."
+def _make_target(target, target_size, patch_size, in_chans):
+    "The target that `create_mae` was given, or the named one."
     if isinstance(target, nn.Module):
-        if size is not None: raise ValueError('target_size has no effect on a target that is made already')
+        if target_size is not None:
+            raise UsageError(f'target_size={target_size} has no effect on a target that is made already')
         return target
-    takes_size = pick(target, TARGETS, 'target') in ('pca', 'tokens')
-    if size is not None and not takes_size: raise ValueError(f'target_size={size} has no effect with target={target!r}')
-    return TARGETS[target](patch_size, in_chans, **({} if size is None else dict(size=size)))
+    target_class = TARGETS[pick(target, TARGETS, 'target')]
+    if target_size is None:
+        return target_class(patch_size, in_chans)
+    if target not in ('pca', 'tokens'):
+        raise UsageError(f'target_size={target_size} has no effect with target={target!r}: '
+                         "use target='pca' or target='tokens'")
+    return target_class(patch_size, in_chans, size=target_size)
+
+def _make_decoder(kind, encoder_mask_tokens, shape):
+    "The decoder of a kind, 'self' or 'cross'."
+    if pick(kind, ('self', 'cross'), 'decoder') == 'self':
+        return Decoder(*shape, mask_tokens=not encoder_mask_tokens)
+    if encoder_mask_tokens:
+        raise UsageError("encoder_mask_tokens leaves no gap for decoder='cross' to fill: use decoder='self'")
+    return CrossDecoder(*shape)

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..base.errors import UsageError
+
 # %% ../../nbs/model/03_masking.ipynb #6c518c98
 class Mask(NamedTuple):
-    "Which patches an encoder sees, and how to put the rest back."
+    "Which patches an encoder sees, and how to restore the order of all."
     ids_keep: torch.Tensor     # (b, k) patches the encoder sees, in shuffled order
-    ids_restore: torch.Tensor  # (b, n) where in the shuffled sequence each patch has gone
+    ids_restore: torch.Tensor  # (b, n) each patch's place in the shuffled sequence
     mask: torch.Tensor         # (b, n) float, 1 = removed, 0 = kept
 
 # %% ../../nbs/model/03_masking.ipynb #7356155d
@@ -25,10 +27,11 @@ def num_keep(
     mask_ratio:float,  # share of patches removed, in (0, 1)
 ) -> int:              # number of patches kept: n * (1 - ratio), truncated
     "How many patches the encoder sees."
-    if not 0 < mask_ratio < 1: raise ValueError(f'mask ratio must lie between 0 and 1, got {mask_ratio}')
+    if not 0 < mask_ratio < 1:
+        raise UsageError(f'mask ratio must lie between 0 and 1, got mask_ratio={mask_ratio}')
     k = int(n * (1 - mask_ratio))
     if not 0 < k < n:
-        raise ValueError(f'mask ratio {mask_ratio} keeps {k} of {n} patches: at least one must be kept and one removed')
+        raise UsageError(f'mask_ratio={mask_ratio} keeps {k} of {n} patches: at least one must be kept and one removed')
     return k
 
 # %% ../../nbs/model/03_masking.ipynb #9e4ee62c
@@ -46,18 +49,19 @@ def random_mask(
     grid:tuple[int, int],  # (rows, columns) of the grid of patches, n in all
     mask_ratio:float,      # share of patches removed, in (0, 1)
 ) -> Mask:
-    "Remove patches at random: the `num_keep` smallest noises stay, in sorted order (section 3, *Masking*)."
+    "Remove patches at random: the `num_keep` smallest noises are kept, in sorted order (section 3, *Masking*)."
     return mask_from_order(noise.argsort(dim=1, stable=True), num_keep(noise.shape[1], mask_ratio))
 
 # %% ../../nbs/model/03_masking.ipynb #05b7e2db
 def mask_from_removed(
     removed:torch.Tensor,  # (b, n) bool, True = removed; the same number in each image
     k:int,                 # number of patches kept
-    noise:torch.Tensor,    # random numbers (b, n): the order among the kept, and among the removed
+    noise:torch.Tensor,    # random numbers (b, n): the order among the kept patches, and among the removed ones
 ) -> Mask:
-    "A mask of which it is known who goes; both halves are shuffled by the noise."
+    "A mask of given removed patches; the noise shuffles the kept and the removed patches, each among themselves."
     order = noise.argsort(dim=1, stable=True)
-    return mask_from_order(order.gather(1, removed.gather(1, order).int().argsort(dim=1, stable=True)), k)
+    kept_first = removed.gather(1, order).int().argsort(dim=1, stable=True)
+    return mask_from_order(order.gather(1, kept_first), k)
 
 # %% ../../nbs/model/03_masking.ipynb #05b7e2dc
 def given_mask(
@@ -65,31 +69,52 @@ def given_mask(
     noise:torch.Tensor|None=None,  # uniform random numbers (b, n) for the order; image order if None
 ) -> Mask:
     "Use a mask made elsewhere."
-    removed = mask.bool().sum(dim=1).unique()
-    if len(removed) > 1: raise ValueError(f'every image must lose the same number of patches, got between {removed.min()} and {removed.max()}')
-    k = mask.shape[1] - int(removed)
-    if not 0 < k < mask.shape[1]: raise ValueError(f'the mask keeps {k} of {mask.shape[1]} patches: at least one must be kept and one removed')
-    return mask_from_removed(mask.bool(), k, torch.zeros_like(mask, dtype=torch.float32) if noise is None else noise)
+    counts, n = mask.bool().sum(dim=1).unique(), mask.shape[1]
+    if len(counts) > 1:
+        raise UsageError('every image must lose the same number of patches, '
+                         f'got between {counts.min()} and {counts.max()}')
+    k = n - int(counts)
+    if not 0 < k < n:
+        raise UsageError(f'the mask keeps {k} of {n} patches: at least one must be kept and one removed')
+    if noise is None:
+        noise = torch.zeros_like(mask, dtype=torch.float32)
+    return mask_from_removed(mask.bool(), k, noise)
 
 # %% ../../nbs/model/03_masking.ipynb #5b10c004
+def _rectangles(
+    noise:torch.Tensor,    # uniform random numbers (b, n)
+    grid:tuple[int, int],  # (rows, columns) of the grid of patches, n in all
+    hidden:int,            # number of patches to hide: the largest area
+) -> tuple[torch.Tensor, ...]:  # top, left, height and width in patches, each (b, count, 1)
+    "Rectangles for each image, n / 4 of them, of BEiT's areas and aspect ratios."
+    (rows, cols), n = grid, noise.shape[1]
+    count = max(n // 4, 1)
+    repeats = -(-4 * count // n)   # grids of fewer than four patches use their noise again
+    u = noise.repeat(1, repeats)[:, :4 * count].view(-1, count, 4, 1)
+    smallest = min(max(n * 16 / 196, 1), hidden)
+    area = smallest + u[:, :, 0] * (hidden - smallest)
+    aspect = torch.exp((2 * u[:, :, 1] - 1) * math.log(.3))
+    h = (area * aspect).sqrt().round().clamp(1, rows)
+    w = (area / aspect).sqrt().round().clamp(1, cols)
+    top = (u[:, :, 2] * (rows - h + 1)).floor()
+    left = (u[:, :, 3] * (cols - w + 1)).floor()
+    return top, left, h, w
+
 def block_mask(
     noise:torch.Tensor,    # uniform random numbers (b, n)
     grid:tuple[int, int],  # (rows, columns) of the grid of patches, n in all
     mask_ratio:float,      # share of patches removed, in (0, 1)
 ) -> Mask:
-    "Remove rectangles of patches until exactly the stated number is gone, the last one cut short (Table 1f)."
-    (rows, cols), n = grid, noise.shape[1]
-    k, count = num_keep(n, mask_ratio), max(n // 4, 1)
-    u = noise.repeat(1, -(-4 * count // n))[:, :4 * count].view(-1, count, 4, 1)
-    smallest = min(max(n * 16 / 196, 1), n - k)
-    area, shape = smallest + u[:, :, 0] * (n - k - smallest), torch.exp((2 * u[:, :, 1] - 1) * math.log(.3))
-    h, w = (area * shape).sqrt().round().clamp(1, rows), (area / shape).sqrt().round().clamp(1, cols)
-    top, left = (u[:, :, 2] * (rows - h + 1)).floor(), (u[:, :, 3] * (cols - w + 1)).floor()
+    "Remove rectangles until exactly the stated number of patches is removed, the last one cut short (Table 1f)."
+    n = noise.shape[1]
+    k = num_keep(n, mask_ratio)
+    top, left, h, w = _rectangles(noise, grid, n - k)
+    count = top.shape[1]
     i = torch.arange(n, device=noise.device)
-    r, c = i // cols, i % cols
-    inside = (r >= top) & (r < top + h) & (c >= left) & (c < left + w)                    # (b, count, n)
-    turn = count - torch.arange(count, device=noise.device)[:, None]
-    first = count - (inside * turn).amax(dim=1)                                           # (b, n): the first rectangle that covers a patch
+    row, column = i // grid[1], i % grid[1]
+    inside = (row >= top) & (row < top + h) & (column >= left) & (column < left + w)   # (b, count, n)
+    priority = count - torch.arange(count, device=noise.device)[:, None]
+    first = count - (inside * priority).amax(dim=1)   # (b, n): the first rectangle that covers each patch
     place = first.argsort(dim=1, stable=True).argsort(dim=1)
     return mask_from_removed(place < n - k, k, noise)
 
@@ -99,35 +124,48 @@ def grid_patterns(
     k:int,                 # number of patches kept
 ) -> list:                 # [(step, top, left), ...], of the smallest step that has any
     "The regular patterns that keep one patch in each square of step x step, and `k` in all."
+    rows, cols = grid
     for step in range(2, min(grid) + 1):
-        starts = [[(i, len(range(i, side, step))) for i in range(step)] for side in grid]
-        found = [(step, top, left) for top, a in starts[0] for left, b in starts[1] if a * b == k]
-        if found: return found
+        starts = [(top, left) for top in range(step) for left in range(step)]
+        kept = [len(range(top, rows, step)) * len(range(left, cols, step)) for top, left in starts]
+        patterns = [(step, *start) for start, count in zip(starts, kept) if count == k]
+        if patterns:
+            return patterns
     return []
 
 # %% ../../nbs/model/03_masking.ipynb #96d0c004
+def _near_ratios(
+    grid:tuple[int, int],  # (rows, columns) of the grid of patches
+    k:int,                 # number of patches wanted
+) -> str:
+    "The four mask ratios nearest to a count that have a regular pattern, for the error."
+    n = grid[0] * grid[1]
+    counts = [count for count in range(1, n) if grid_patterns(grid, count)]
+    nearest = sorted(counts, key=lambda count: abs(count - k))[:4]
+    return ', '.join(f'{1 - (count + .5) / n:.3f} ({count} kept)' for count in sorted(nearest, reverse=True))
+
 def grid_mask(
     noise:torch.Tensor,    # uniform random numbers (b, n)
     grid:tuple[int, int],  # (rows, columns) of the grid of patches, n in all
     mask_ratio:float,      # share of patches removed, in (0, 1): 3/4 keeps one patch in each square of 2 x 2
 ) -> Mask:
     "Keep a regular pattern of patches; where it starts is drawn for each image (Table 1f)."
-    n = noise.shape[1]
+    (rows, cols), n = grid, noise.shape[1]
     k = num_keep(n, mask_ratio)
     patterns = grid_patterns(grid, k)
     if not patterns:
-        fits = [kept for kept in range(1, n) if grid_patterns(grid, kept)]
-        fit = ', '.join(f'{1 - (kept + .5) / n:.3f} ({kept} kept)' for kept in sorted(sorted(fits, key=lambda x: abs(x - k))[:4], reverse=True))
-        raise ValueError(f'no regular pattern on a grid of {grid[0]}x{grid[1]} keeps {k} of {n} patches (mask ratio {mask_ratio}): ratios that do are {fit}')
+        raise UsageError(f'no regular pattern on a grid of {rows}x{cols} keeps {k} of {n} patches '
+                         f'(mask_ratio={mask_ratio}): ratios that do are {_near_ratios(grid, k)}')
     i = torch.arange(n, device=noise.device)
-    kept = torch.stack([(i // grid[1] % step == top) & (i % grid[1] % step == left) for step, top, left in patterns])
-    which = (noise[:, 0] * len(kept)).long()
-    return mask_from_removed(~kept[which], k, noise)
+    row, column = i // cols, i % cols
+    kept = torch.stack([(row % step == top) & (column % step == left) for step, top, left in patterns])
+    choice = (noise[:, 0] * len(kept)).long()
+    return mask_from_removed(~kept[choice], k, noise)
 
 # %% ../../nbs/model/03_masking.ipynb #f8c4d266
 def gather_tokens(
     x:torch.Tensor,    # tokens (b, n, d)
-    ids:torch.Tensor,  # (b, k) which tokens, in which order
+    ids:torch.Tensor,  # (b, k) numbers of the tokens to pick, in order
 ) -> torch.Tensor:     # tokens (b, k, d)
     "Pick tokens by number: with `ids_keep` it shuffles and keeps, with `ids_restore` it unshuffles."
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))

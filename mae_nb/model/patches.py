@@ -9,6 +9,8 @@ __all__ = ['grid_size', 'patchify', 'unpatchify', 'normalize_patches', 'denormal
 from einops import rearrange
 import torch
 
+from ..base.errors import UsageError
+
 # %% ../../nbs/model/01_patches.ipynb #d4e3ce3e
 def grid_size(
     img_size:tuple[int, int],  # (rows, columns) of the image in pixels
@@ -16,10 +18,12 @@ def grid_size(
 ) -> tuple[int, int]:          # (rows, columns) of the grid of patches
     "Rows and columns of patches in an image."
     (h, w), p = img_size, patch_size
-    if p < 1: raise ValueError(f'patch size must be at least 1 pixel, got {p}')
+    if p < 1:
+        raise UsageError(f'patch size must be at least 1 pixel, got patch_size={p}')
     if h < p or w < p or h % p or w % p:
-        raise ValueError(f'image of {h}x{w} pixels is not divisible by patch size {p}: '
-                         f'use a multiple of {p}, such as {max(h//p, 1)*p}x{max(w//p, 1)*p}')
+        near = f'{max(h // p, 1) * p}x{max(w // p, 1) * p}'
+        raise UsageError(f'image of {h}x{w} pixels is not divisible by patch size {p}: '
+                         f'use a multiple of {p}, such as {near}')
     return h // p, w // p
 
 # %% ../../nbs/model/01_patches.ipynb #0d3574f5
@@ -28,7 +32,8 @@ def patchify(
     patch_size:int,     # patch side p in pixels; divides h and w
 ) -> torch.Tensor:      # patches (b, n, p*p*c): row by row; inside a patch row, column, channel
     "Cut images into flat, non-overlapping patches."
-    if imgs.ndim != 4: raise ValueError(f'images must be (batch, channels, rows, columns), got shape {tuple(imgs.shape)}')
+    if imgs.ndim != 4:
+        raise UsageError(f'images must be (batch, channels, rows, columns), got shape {tuple(imgs.shape)}')
     rows, cols = grid_size(imgs.shape[-2:], patch_size)
     return rearrange(imgs, 'b c (rows p1) (cols p2) -> b (rows cols) (p1 p2 c)', rows=rows, cols=cols)
 
@@ -41,8 +46,8 @@ def unpatchify(
     "Put flat patches together into images, the inverse of `patchify`."
     (rows, cols), p = grid, patch_size
     if patches.ndim != 3 or patches.shape[1] != rows*cols or patches.shape[2] % (p*p):
-        raise ValueError(f'patches of shape {tuple(patches.shape)} do not fill a grid of {rows}x{cols} with patch size {p}: '
-                         f'expected (batch, {rows*cols}, a multiple of {p*p})')
+        raise UsageError(f'patches of shape {tuple(patches.shape)} do not fill a grid of {rows}x{cols} '
+                         f'with patch size {p}: expected (batch, {rows*cols}, a multiple of {p*p})')
     return rearrange(patches, 'b (rows cols) (p1 p2 c) -> b c (rows p1) (cols p2)', rows=rows, cols=cols, p1=p, p2=p)
 
 # %% ../../nbs/model/01_patches.ipynb #58168a4e
@@ -50,7 +55,7 @@ def normalize_patches(
     patches:torch.Tensor,  # patches (b, n, p*p*c)
     eps:float=1e-6,        # added to the variance
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # normalised patches (b, n, p*p*c), mean and deviation (b, n, 1)
-    "Give each patch mean 0 and deviation 1 (section 3, *Reconstruction target*)."
+    "Give each patch mean 0 and standard deviation 1 (section 3, *Reconstruction target*)."
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     std = (var + eps)**.5
     return (patches - mean) / std, mean, std
@@ -59,7 +64,7 @@ def normalize_patches(
 def denormalize_patches(
     patches:torch.Tensor,  # normalised patches (b, n, p*p*c)
     mean:torch.Tensor,     # each patch's mean (b, n, 1)
-    std:torch.Tensor,      # each patch's deviation (b, n, 1)
+    std:torch.Tensor,      # each patch's standard deviation (b, n, 1)
 ) -> torch.Tensor:         # patches (b, n, p*p*c)
     "Undo `normalize_patches`."
     return patches * std + mean

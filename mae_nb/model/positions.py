@@ -10,13 +10,16 @@ from einops import rearrange, repeat
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UsageError
+
 # %% ../../nbs/model/02_positions.ipynb #84b4c3de
 def sincos_1d(
     dim:int,                # width of the result, even
     positions:torch.Tensor, # positions (n,), in patches
 ) -> torch.Tensor:          # (n, dim) float64: dim/2 sines, then dim/2 cosines
     "Sines and cosines of positions at geometrically falling frequencies."
-    omega = 10_000. ** -(torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2))
+    exponents = torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2)
+    omega = 10_000. ** -exponents
     angles = positions.double()[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -26,13 +29,15 @@ def sincos_2d(
     grid:tuple[int, int],  # (rows, columns) of the grid of patches
     cls_token:bool=False,  # put a row of zeros first, for the class token
 ) -> torch.Tensor:         # (n [+ 1], d) float32: the first half of the width encodes the column, the second the row
-    "The paper's fixed 2-D sine-cosine positions, row by row."
-    if dim % 4: raise ValueError(f'a 2-D sine-cosine table needs a width divisible by 4, got {dim}')
+    "The paper's fixed 2-D sine-cosine positions, row by row (appendix A.1)."
+    if dim % 4:
+        raise UsageError(f'a 2-D sine-cosine table needs a width divisible by 4, got dim={dim}')
     rows, cols = grid
-    x = sincos_1d(dim // 2, torch.arange(cols))
-    y = sincos_1d(dim // 2, torch.arange(rows))
-    table = torch.cat([repeat(x, 'cols d -> (rows cols) d', rows=rows), repeat(y, 'rows d -> (rows cols) d', cols=cols)], dim=1)
-    if cls_token: table = torch.cat([torch.zeros_like(table[:1]), table])
+    x = repeat(sincos_1d(dim // 2, torch.arange(cols)), 'cols d -> (rows cols) d', rows=rows)
+    y = repeat(sincos_1d(dim // 2, torch.arange(rows)), 'rows d -> (rows cols) d', cols=cols)
+    table = torch.cat([x, y], dim=1)
+    if cls_token:
+        table = torch.cat([torch.zeros_like(table[:1]), table])
     return table.float()
 
 # %% ../../nbs/model/02_positions.ipynb #9e5adc95
@@ -41,12 +46,14 @@ def resize_positions(
     old_grid:tuple[int, int],  # (rows, columns) the table was made for
     new_grid:tuple[int, int],  # (rows, columns) wanted
 ) -> torch.Tensor:             # (rows*columns [+ 1], d)
-    "Resize a table of positions to another grid by bicubic interpolation; a class-token row is kept as it is."
-    n = old_grid[0] * old_grid[1]
+    "Resize a table of positions to another grid by bicubic interpolation; a class token's row is kept as it is."
+    rows, cols = old_grid
+    n = rows * cols
     if len(table) not in (n, n + 1):
-        raise ValueError(f'a table of {len(table)} positions does not fit a grid of {old_grid[0]}x{old_grid[1]}')
-    if tuple(old_grid) == tuple(new_grid): return table
+        raise UsageError(f'a table of {len(table)} positions does not fit a grid of {rows}x{cols}')
+    if tuple(old_grid) == tuple(new_grid):
+        return table
     cls, patches = table[:len(table) - n], table[len(table) - n:]
-    patches = rearrange(patches, '(rows cols) d -> 1 d rows cols', rows=old_grid[0])
+    patches = rearrange(patches, '(rows cols) d -> 1 d rows cols', rows=rows)
     patches = F.interpolate(patches, size=tuple(new_grid), mode='bicubic', align_corners=False)
     return torch.cat([cls, rearrange(patches, '1 d rows cols -> (rows cols) d')])

@@ -6,80 +6,126 @@
 __all__ = ['TARGETS', 'PixelTarget', 'NormPixelTarget', 'FittedTarget', 'PCATarget', 'Codebook', 'TokenTarget', 'masked_mean']
 
 # %% ../../nbs/model/07_targets.ipynb #4c9f364a
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.decomposition import PCA
 from torch import nn
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UsageError
 from .patches import denormalize_patches, normalize_patches, patchify
 
 # %% ../../nbs/model/07_targets.ipynb #5cf809e6
 class PixelTarget(nn.Module):
     "The pixels themselves, patch by patch."
-    name, shows, fitted = 'pixels', '', True   # `shows`: what a picture of a prediction borrows from the true image; `fitted`: ready for use
+    name = 'pixels'
+    shows = ''       # what a picture of a prediction borrows from the true image
+    fitted = True    # ready for use
+
     def __init__(self,
         patch_size:int,  # patch side p in pixels
         in_chans:int,    # channels c
     ):
         super().__init__()
-        self.patch_size, self.out_dim = patch_size, patch_size**2 * in_chans
+        self.patch_size = patch_size
+        self.out_dim = patch_size**2 * in_chans
 
-    def forward(self, imgs:torch.Tensor):  # standardised images (b, c, h, w) -> target (b, n, out_dim)
+    def forward(self,
+        imgs:torch.Tensor,  # standardised images (b, c, h, w)
+    ) -> torch.Tensor:      # target (b, n, out_dim)
         return patchify(imgs, self.patch_size)
 
-    def error(self, pred:torch.Tensor, target:torch.Tensor):  # (b, n, out_dim) twice -> (b, n), float32 (float64 for a float64 model)
-        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
-        return (pred - target).pow(2).mean(dim=-1)
+    def error(self,
+        pred:torch.Tensor,    # predictions (b, n, out_dim)
+        target:torch.Tensor,  # target (b, n, out_dim)
+    ) -> torch.Tensor:        # (b, n), float32 (float64 for a float64 model)
+        "How far off each patch's prediction is."
+        return (_at_least_float32(pred) - target).pow(2).mean(dim=-1)
 
-    def pixels(self, pred:torch.Tensor, patches:torch.Tensor):  # predictions (b, n, out_dim), true patches -> patches (b, n, p*p*c)
+    def pixels(self,
+        pred:torch.Tensor,     # predictions (b, n, out_dim)
+        patches:torch.Tensor,  # the true patches (b, n, p*p*c), for targets that borrow from them
+    ) -> torch.Tensor:         # patches (b, n, p*p*c), standardised
+        "Predictions as pixels."
         return pred.float()
+
+def _at_least_float32(x):
+    "Half precision as float32; float32 and float64 as they are."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../nbs/model/07_targets.ipynb #b456ae12
 class NormPixelTarget(PixelTarget):
-    "The pixels of each patch, made to have mean 0 and deviation 1 (Table 1d)."
-    name, shows = 'norm_pixels', 'true patch mean and std'
-    def forward(self, imgs:torch.Tensor): return normalize_patches(super().forward(imgs))[0]
+    "The pixels of each patch, with mean 0 and standard deviation 1 (Table 1d)."
+    name = 'norm_pixels'
+    shows = 'true patch mean and std'
 
-    def pixels(self, pred:torch.Tensor, patches:torch.Tensor):
-        return denormalize_patches(pred.float(), *normalize_patches(patches)[1:])
+    def forward(self,
+        imgs:torch.Tensor,  # standardised images (b, c, h, w)
+    ) -> torch.Tensor:      # target (b, n, out_dim)
+        return normalize_patches(super().forward(imgs))[0]
+
+    def pixels(self,
+        pred:torch.Tensor,     # predictions (b, n, out_dim)
+        patches:torch.Tensor,  # the true patches (b, n, p*p*c), whose mean and deviation are used
+    ) -> torch.Tensor:         # patches (b, n, p*p*c), standardised
+        "Predictions as pixels, with the true mean and deviation of each patch."
+        _, mean, std = normalize_patches(patches)
+        return denormalize_patches(pred.float(), mean, std)
 
 # %% ../../nbs/model/07_targets.ipynb #f17a0001
 class FittedTarget(PixelTarget):
-    "What targets share that are fitted on patches; their buffers are saved with the model."
+    "The base of targets that are fitted on patches; their buffers are saved with the model."
     fitted = False
+
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.fitted = True
 
     def check(self):
-        if not self.fitted: raise ValueError(f'the target {self.name!r} is not fitted: call model.target.fit(patches) with standardised patches of the training images first')
+        "Raise a `UsageError` if the target is not fitted yet."
+        if not self.fitted:
+            raise UsageError(f'the target {self.name!r} is not fitted: call model.target.fit(patches) '
+                             'with standardised patches of the training images first')
 
 # %% ../../nbs/model/07_targets.ipynb #f17a0003
 class PCATarget(FittedTarget):
     "The largest principal components of a patch (Table 1d: 96 of them)."
     name = 'pca'
+
     def __init__(self,
         patch_size:int,  # patch side p in pixels
         in_chans:int,    # channels c
         size:int=96,     # components predicted
     ):
         super().__init__(patch_size, in_chans)
-        if not 0 < size <= self.out_dim: raise ValueError(f'a patch of {patch_size}x{patch_size} pixels and {in_chans} channels has 1 to {self.out_dim} components, not {size}')
+        if not 0 < size <= self.out_dim:
+            raise UsageError(f'a patch of {patch_size}x{patch_size} pixels and {in_chans} channels '
+                             f'has 1 to {self.out_dim} components, not {size}: choose another target_size')
         self.register_buffer('mean', torch.zeros(self.out_dim))
         self.register_buffer('components', torch.zeros(size, self.out_dim))
         self.out_dim = size
 
-    def fit(self, patches:torch.Tensor, seed:int=0):  # standardised patches (m, p*p*c), more of them than components
+    def fit(self,
+        patches:torch.Tensor,  # standardised patches (m, p*p*c), more of them than components
+        seed:int=0,            # of the solver
+    ):
+        "Find the components of patches."
+        from sklearn.decomposition import PCA
         pca = PCA(len(self.components), random_state=seed).fit(patches.cpu().numpy())
-        self.mean.copy_(torch.from_numpy(pca.mean_)); self.components.copy_(torch.from_numpy(pca.components_))
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+        self.components.copy_(torch.from_numpy(pca.components_))
         self.fitted = True
 
-    def forward(self, imgs:torch.Tensor):
+    def forward(self,
+        imgs:torch.Tensor,  # standardised images (b, c, h, w)
+    ) -> torch.Tensor:      # target (b, n, size)
         self.check()
         return (super().forward(imgs) - self.mean) @ self.components.T
 
-    def pixels(self, pred:torch.Tensor, patches:torch.Tensor): return pred.float() @ self.components + self.mean
+    def pixels(self,
+        pred:torch.Tensor,     # predictions (b, n, size)
+        patches:torch.Tensor,  # not needed
+    ) -> torch.Tensor:         # patches (b, n, p*p*c), standardised
+        "Predictions as pixels: the components added up."
+        return pred.float() @ self.components + self.mean
 
 # %% ../../nbs/model/07_targets.ipynb #f17a0006
 class Codebook(nn.Module):
@@ -93,48 +139,84 @@ class Codebook(nn.Module):
         self.patch_size, self.vocab_size = patch_size, size
         self.register_buffer('words', torch.zeros(size, patch_size**2 * in_chans))
 
-    def fit(self, patches:torch.Tensor, seed:int=0):  # standardised patches (m, p*p*c), at least one a word
-        if len(patches) < self.vocab_size: raise ValueError(f'{len(patches)} patches are too few for {self.vocab_size} words')
-        found = MiniBatchKMeans(self.vocab_size, random_state=seed, n_init=1, batch_size=4096).fit(patches.cpu().numpy())
-        self.words.copy_(torch.from_numpy(found.cluster_centers_))
+    def fit(self,
+        patches:torch.Tensor,  # standardised patches (m, p*p*c), at least one a word
+        seed:int=0,            # of k-means
+    ):
+        "Find the words of patches."
+        if len(patches) < self.vocab_size:
+            raise UsageError(f'{len(patches)} patches are too few for {self.vocab_size} words: '
+                             'fit on more patches, or choose a smaller target_size')
+        from sklearn.cluster import MiniBatchKMeans
+        clusters = MiniBatchKMeans(self.vocab_size, random_state=seed, n_init=1, batch_size=4096)
+        clusters.fit(patches.cpu().numpy())
+        self.words.copy_(torch.from_numpy(clusters.cluster_centers_))
 
-    def forward(self, imgs:torch.Tensor):  # standardised images (b, c, h, w) -> numbers (b, n)
+    def forward(self,
+        imgs:torch.Tensor,  # standardised images (b, c, h, w)
+    ) -> torch.Tensor:      # numbers of words (b, n)
         patches = patchify(imgs, self.patch_size)
-        return (patches @ self.words.T - self.words.pow(2).sum(dim=1) / 2).argmax(dim=-1)   # nearest: |x - w|^2 less |x|^2
+        closeness = patches @ self.words.T - self.words.pow(2).sum(dim=1) / 2   # from |x - w|^2, without |x|^2
+        return closeness.argmax(dim=-1)
 
-    def decode(self, ids:torch.Tensor): return self.words[ids]   # numbers (b, n) -> patches (b, n, p*p*c)
+    def decode(self,
+        ids:torch.Tensor,  # numbers of words (b, n)
+    ) -> torch.Tensor:     # patches (b, n, p*p*c)
+        "The patches that words stand for."
+        return self.words[ids]
 
 # %% ../../nbs/model/07_targets.ipynb #f17a0008
 class TokenTarget(FittedTarget):
-    "A token for each patch, told by a tokenizer; the error is the cross-entropy (Table 1d)."
+    "A token for each patch, from a tokenizer; the error is the cross-entropy (Table 1d)."
     name = 'tokens'
+
     def __init__(self,
         patch_size:int,                # patch side p in pixels
         in_chans:int,                  # channels c
         size:int=512,                  # words of our own codebook
-        tokenizer:nn.Module|None=None, # another tokenizer: `vocab_size`, and images (b, c, h, w) -> numbers (b, n)
+        tokenizer:nn.Module|None=None, # another: `vocab_size`, images (b, c, h, w) -> numbers (b, n), [fit], [decode]
     ):
         super().__init__(patch_size, in_chans)
-        self.tokenizer = (Codebook(patch_size, in_chans, size) if tokenizer is None else tokenizer).requires_grad_(False)
-        self.out_dim, self.fitted = self.tokenizer.vocab_size, not hasattr(self.tokenizer, 'fit')
+        if tokenizer is None:
+            tokenizer = Codebook(patch_size, in_chans, size)
+        self.tokenizer = tokenizer.requires_grad_(False)
+        self.out_dim = tokenizer.vocab_size
+        self.fitted = not hasattr(tokenizer, 'fit')
 
-    def fit(self, patches:torch.Tensor, seed:int=0):
+    def fit(self,
+        patches:torch.Tensor,  # standardised patches (m, p*p*c)
+        seed:int=0,            # of the tokenizer's fit
+    ):
+        "Fit the tokenizer on patches."
         self.tokenizer.fit(patches, seed)
         self.fitted = True
 
-    def forward(self, imgs:torch.Tensor):
+    def forward(self,
+        imgs:torch.Tensor,  # standardised images (b, c, h, w)
+    ) -> torch.Tensor:      # numbers of words (b, n)
         self.check()
-        with torch.no_grad(): return self.tokenizer(imgs)
+        with torch.no_grad():
+            return self.tokenizer(imgs)
 
-    def error(self, pred:torch.Tensor, target:torch.Tensor):  # logits (b, n, V), numbers (b, n) -> (b, n)
-        return F.cross_entropy(pred.to(torch.promote_types(pred.dtype, torch.float32)).transpose(1, 2), target, reduction='none')
+    def error(self,
+        pred:torch.Tensor,    # logits (b, n, V)
+        target:torch.Tensor,  # numbers of words (b, n)
+    ) -> torch.Tensor:        # (b, n), float32 (float64 for a float64 model)
+        "The cross-entropy of each patch."
+        logits = _at_least_float32(pred).transpose(1, 2)
+        return F.cross_entropy(logits, target, reduction='none')
 
-    def pixels(self, pred:torch.Tensor, patches:torch.Tensor):
-        if not hasattr(self.tokenizer, 'decode'): raise ValueError(f'{type(self.tokenizer).__name__} has no `decode`: its tokens cannot be drawn')
+    def pixels(self,
+        pred:torch.Tensor,     # logits (b, n, V)
+        patches:torch.Tensor,  # not needed
+    ) -> torch.Tensor:         # patches (b, n, p*p*c), standardised
+        "The likeliest words as pixels."
+        if not hasattr(self.tokenizer, 'decode'):
+            raise UsageError(f'{type(self.tokenizer).__name__} has no `decode`: its tokens cannot be drawn')
         return self.tokenizer.decode(pred.argmax(dim=-1))
 
 # %% ../../nbs/model/07_targets.ipynb #f17a0010
-TARGETS = {t.name: t for t in (PixelTarget, NormPixelTarget, PCATarget, TokenTarget)}
+TARGETS = {target.name: target for target in (PixelTarget, NormPixelTarget, PCATarget, TokenTarget)}
 
 # %% ../../nbs/model/07_targets.ipynb #d03a4cbe
 def masked_mean(

@@ -11,6 +11,8 @@ from torch import nn
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UsageError
+
 # %% ../../nbs/model/04_transformer.ipynb #9864a480
 class Attention(nn.Module):
     "Multi-head self-attention with one fused projection for queries, keys and values."
@@ -19,20 +21,34 @@ class Attention(nn.Module):
         num_heads:int,  # heads nh; divides the width
     ):
         super().__init__()
-        if dim % num_heads: raise ValueError(f'width {dim} is not divisible by {num_heads} heads')
+        _check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
-    def split(self, x:torch.Tensor):  # tokens (b, n, d) -> queries, keys, values (b, nh, n, hd)
+    def split(self,
+        x:torch.Tensor,  # tokens (b, n, d)
+    ) -> torch.Tensor:   # queries, keys and values (3, b, nh, n, hd)
+        "Queries, keys and values of each head."
         return rearrange(self.qkv(x), 'b n (three nh hd) -> three b nh n hd', three=3, nh=self.num_heads)
 
-    def forward(self, x:torch.Tensor):  # tokens (b, n, d) -> (b, n, d)
+    def forward(self,
+        x:torch.Tensor,  # tokens (b, n, d)
+    ) -> torch.Tensor:   # tokens (b, n, d)
         x = F.scaled_dot_product_attention(*self.split(x))
         return self.proj(rearrange(x, 'b nh n hd -> b n (nh hd)'))
 
-    def weights(self, x:torch.Tensor):  # tokens (b, n, d) -> (b, nh, n, n): how much each token (row) takes from each other
+    def weights(self,
+        x:torch.Tensor,  # tokens (b, n, d)
+    ) -> torch.Tensor:   # (b, nh, n, n): how much each token (row) takes from each other (column)
+        "The attention weights, which `forward` never stores."
         q, k, _ = self.split(x)
         return (q @ k.transpose(-2, -1) * q.shape[-1]**-.5).softmax(dim=-1)
+
+def _check_heads(dim, num_heads):
+    "Raise an error where the heads do not divide the width."
+    if dim % num_heads:
+        raise UsageError(f'width {dim} is not divisible by {num_heads} heads')
 
 # %% ../../nbs/model/04_transformer.ipynb #24ca5867
 class Mlp(nn.Module):
@@ -42,16 +58,20 @@ class Mlp(nn.Module):
         hidden:int,  # width of the hidden layer
     ):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x:torch.Tensor): return self.fc2(F.gelu(self.fc1(x)))  # (b, n, d) -> (b, n, d)
+    def forward(self,
+        x:torch.Tensor,  # tokens (b, n, d)
+    ) -> torch.Tensor:   # tokens (b, n, d)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 # %% ../../nbs/model/04_transformer.ipynb #c1bb0641
 def drop_path(
     x:torch.Tensor,  # a branch's output (b, n, d)
     rate:float,      # probability that an image skips the branch, in [0, 1)
     u:torch.Tensor,  # uniform random numbers (b,)
-) -> torch.Tensor:
+) -> torch.Tensor:   # (b, n, d)
     "Let whole images skip a branch, and scale up the others to keep the mean (stochastic depth)."
     keep = (u >= rate).to(x.dtype) / (1 - rate)
     return x * keep[:, None, None]
@@ -66,18 +86,21 @@ class Block(nn.Module):
         drop_path:float=0.,  # rate of stochastic depth while training
     ):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
     def forward(self,
         x:torch.Tensor,             # tokens (b, n, d)
-        u:torch.Tensor|None=None,   # uniform random numbers (b, 2) for drop path, one a branch; made here if None
-    ):
+        u:torch.Tensor|None=None,   # uniform random numbers (b, 2) for drop path, one a branch; drawn here if None
+    ) -> torch.Tensor:              # tokens (b, n, d)
         if not (self.training and self.drop_path):
             x = x + self.attn(self.norm1(x))
             return x + self.mlp(self.norm2(x))
-        if u is None: u = torch.rand(len(x), 2, device=x.device)
+        if u is None:
+            u = torch.rand(x.shape[0], 2, device=x.device)
         x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, u[:, 0])
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, u[:, 1])
 
@@ -85,40 +108,53 @@ class Block(nn.Module):
 class CrossAttention(nn.Module):
     "Multi-head attention whose queries come from one sequence, and keys and values from another."
     def __init__(self,
-        dim:int,         # width d of those who ask
-        source_dim:int,  # width of those who are asked
-        num_heads:int,   # heads nh; divides the width
+        dim:int,         # width d of the queries' tokens
+        source_dim:int,  # width of the source's tokens
+        num_heads:int,   # heads nh; divides the width d
     ):
         super().__init__()
-        if dim % num_heads: raise ValueError(f'width {dim} is not divisible by {num_heads} heads')
+        _check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(source_dim, 2 * dim), nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(source_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x:torch.Tensor, source:torch.Tensor):  # (b, n, d), (b, m, source_dim) -> (b, n, d)
+    def forward(self,
+        x:torch.Tensor,       # tokens (b, n, d) that make the queries
+        source:torch.Tensor,  # tokens (b, m, source_dim) that make keys and values
+    ) -> torch.Tensor:        # tokens (b, n, d)
         q = rearrange(self.q(x), 'b n (nh hd) -> b nh n hd', nh=self.num_heads)
         k, v = rearrange(self.kv(source), 'b m (two nh hd) -> two b nh m hd', two=2, nh=self.num_heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), 'b nh n hd -> b n (nh hd)'))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, 'b nh n hd -> b n (nh hd)'))
 
 # %% ../../nbs/model/04_transformer.ipynb #c4055a04
 class CrossBlock(nn.Module):
     "A pre-norm block of cross-attention and MLP."
     def __init__(self,
-        dim:int,             # width d
-        source_dim:int,      # width of those who are asked
+        dim:int,             # width d of the queries' tokens
+        source_dim:int,      # width of the source's tokens
         num_heads:int,       # heads nh
         mlp_ratio:float=4.,  # width of the MLP's hidden layer / d
     ):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), CrossAttention(dim, source_dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = CrossAttention(dim, source_dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x:torch.Tensor, source:torch.Tensor):  # (b, n, d), (b, m, source_dim) -> (b, n, d)
+    def forward(self,
+        x:torch.Tensor,       # tokens (b, n, d) that make the queries
+        source:torch.Tensor,  # tokens (b, m, source_dim) that make keys and values
+    ) -> torch.Tensor:        # tokens (b, n, d)
         x = x + self.attn(self.norm1(x), source)
         return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/model/04_transformer.ipynb #54761f40
-def init_transformer(m:nn.Module):
-    "The paper's initialisation: Xavier-uniform linear layers with zero bias; for `Module.apply`."
+def init_transformer(
+    m:nn.Module,  # a module; only linear layers are changed, in place
+):
+    "The paper's initialisation, for `Module.apply`: linear layers Xavier-uniform, with zero bias."
     if isinstance(m, nn.Linear):
         nn.init.xavier_uniform_(m.weight)
         nn.init.zeros_(m.bias)

@@ -3,29 +3,43 @@ import pytest
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from mae_nb.model.mae import create_mae
 from mae_nb.weights.layouts import from_hf
 from mae_nb.weights.loading import load_hf
-from mae_nb.model.mae import create_mae
 
 
-def relative(a, b): return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+def relative(a, b):
+    "The norm of the difference over the norm of the second."
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+def make_theirs(target, dtype):
+    "transformers' base model, every parameter moved away from its initial value, positions and tokens included."
+    torch.manual_seed(0)
+    config = ViTMAEConfig(norm_pix_loss=target == 'norm_pixels', layer_norm_eps=1e-6)
+    model = ViTMAEForPreTraining(config).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=.02)
+    return model
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize('target', ['norm_pixels', 'pixels'])
 def test_forward_and_gradients(target, dtype, tolerance):
     "Loss, prediction, mask and every gradient of the base model."
-    torch.manual_seed(0)
-    theirs = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=target == 'norm_pixels', layer_norm_eps=1e-6)).to(dtype).eval()
-    with torch.no_grad():   # biases and norms too must differ from their initial values
-        for p in theirs.parameters(): p.add_(torch.randn_like(p), alpha=.02)
+    theirs = make_theirs(target, dtype)
     ours = create_mae('mae_vit_base_patch16', target=target).to(dtype).eval()
     report = load_hf(ours, theirs.state_dict())
     assert not report.missing and not report.unused, report
+
     imgs, noise = torch.randn(2, 3, 224, 224, dtype=dtype), torch.rand(2, 196, dtype=dtype)
     a, b = ours(imgs, noise=noise), theirs(imgs, noise=noise)
     assert torch.equal(a.mask, b.mask.to(a.mask.dtype))
-    assert relative(a.loss, b.loss) < tolerance and relative(a.pred, b.logits) < tolerance
-    a.loss.backward(); b.loss.backward()
-    grads = from_hf({k: p.grad for k, p in theirs.named_parameters() if p.grad is not None})
+    assert relative(a.loss, b.loss) < tolerance
+    assert relative(a.pred, b.logits) < tolerance
+
+    a.loss.backward()
+    b.loss.backward()
+    grads = from_hf({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
     for name, p in ours.named_parameters():
-        if p.requires_grad: assert relative(p.grad, grads[name]) < tolerance, name
+        if p.requires_grad:
+            assert relative(p.grad, grads[name]) < tolerance, name
