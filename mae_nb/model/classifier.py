@@ -10,7 +10,7 @@ from torch import nn
 import torch
 
 from ..base.names import pick, to_pair
-from .encoder import Encoder
+from .encoder import Encoder, pool_tokens
 from .mae import SIZES
 
 # %% ../../nbs/model/09_classifier.ipynb #df7874b6
@@ -36,8 +36,8 @@ class Classifier(Encoder):
         drop_noise:torch.Tensor|None=None,  # uniform random numbers (b, depth, 2) for drop path
     ) -> torch.Tensor:                      # logits (b, num_classes)
         tokens = super().forward(imgs, drop_noise=drop_noise)
-        pooled = self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.pool == 'avg' else tokens[:, 0]
-        return self.head(pooled)
+        pooled = pool_tokens(tokens, self.pool)
+        return self.head(self.fc_norm(pooled) if self.pool == 'avg' else pooled)
 
 # %% ../../nbs/model/09_classifier.ipynb #b2300001
 ENCODER_OPTIONS = ('img_size', 'in_chans', 'patch_size', 'dim', 'depth', 'num_heads', 'mlp_ratio')
