@@ -45,8 +45,10 @@ class Encoder(nn.Module):
         mlp_ratio:float=4.,                # width of the MLP's hidden layer / d
         drop_path:float=0.,                # stochastic depth of the last block; grows linearly from 0
         mask_tokens:bool=False,            # put a learned token into the place of each removed patch (Table 1c)
+        config:dict|None=None,             # the options that made it; {} if None
     ):
         super().__init__()
+        self.config = dict(config or {})
         self.img_size, self.patch_size, self.in_chans, self.dim = to_pair(img_size), patch_size, in_chans, dim
         self.grid = grid_size(self.img_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)

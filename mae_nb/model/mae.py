@@ -50,8 +50,10 @@ class MAE(nn.Module):
         mask_ratio:float=.75,            # share of patches removed, in (0, 1)
         loss_on:str='masked',            # 'masked': the loss looks at removed patches only; 'all': at every patch
         decode_ratio:float=1.,           # share of removed patches that a `CrossDecoder` predicts in training, in (0, 1]
+        config:dict|None=None,           # the options that made it; {} if None
     ):
         super().__init__()
+        self.config = dict(config or {})
         self.encoder, self.decoder, self.target = encoder, decoder, target
         self.mask_ratio, self.loss_on, self.decode_ratio = mask_ratio, pick(loss_on, ('masked', 'all'), 'loss_on'), decode_ratio
         self.sampler = mask if callable(mask) else MASKS[pick(mask, MASKS, 'mask')]
