@@ -66,7 +66,7 @@ def _named_size(
     raise UsageError(f'no named model is {size["dim"]} wide and {size["depth"]} deep with patches of '
                      f'{size["patch_size"]}, and the number of heads is not in the weights: pass num_heads')
 
-# %% ../../nbs/weights/05_building.ipynb #e86dfa86
+# %% ../../nbs/weights/05_building.ipynb #6fb43ab9
 def _check_counts(
     ours:dict,    # tensors under our names
     stated:dict,  # all options of the model, as the file states them
@@ -103,7 +103,7 @@ def _check_own(
             raise UsageError(f'its configuration says {what} {wanted[what]} and its tensors {value}')
     _check_counts(ours, stated)
 
-# %% ../../nbs/weights/05_building.ipynb #84c7cbc8
+# %% ../../nbs/weights/05_building.ipynb #811a8952
 def _head_options(
     name:str,     # the nearest named size
     size:dict,    # of `_measured_size`
