@@ -61,7 +61,7 @@ def _on_hub(
     url, kept_as = f'https://huggingface.co/{repo}/resolve/main/{file}', repo.replace('/', '--') + Path(file).suffix
     return Checkpoint(url, layout, holds, model, target, licence, None, 'the list of its files', kept_as)
 
-# %% ../../nbs/weights/02_published.ipynb #6e967612
+# %% ../../nbs/weights/02_published.ipynb #2eb4baa0
 def _published(
     size:str,          # base, large or huge
     model:str,         # the model's name here
@@ -159,7 +159,7 @@ def url_to_path(
         folders.append(address.query.replace('/', '_').replace('..', '_'))
     return Path(*folders, file)
 
-# %% ../../nbs/weights/02_published.ipynb #eb666039
+# %% ../../nbs/weights/02_published.ipynb #65c093f3
 def _check_md5(
     arrived:Path,   # the file, under its real name or as `part`
     part:Path,      # an unfinished download of it, which is removed with a wrong hash

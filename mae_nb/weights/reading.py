@@ -86,7 +86,7 @@ def _read_pickle(
     except Exception as e:
         raise UsageError(f'{file} cannot be read as weights: {_first_line(e)}') from e
 
-# %% ../../nbs/weights/03_reading.ipynb #d457e242
+# %% ../../nbs/weights/03_reading.ipynb #ff07a358
 def _is_state_dict(content) -> bool:
     "Whether this is names with tensors, and at least one."
     if not isinstance(content, dict) or not content:
@@ -243,7 +243,7 @@ def _options_in_folder(
         raise UsageError(f'{config_file}: its model computes with {activation} where ours has gelu')
     return _check_options(_options_in_hf(config), config_file)
 
-# %% ../../nbs/weights/03_reading.ipynb #a57f9b06
+# %% ../../nbs/weights/03_reading.ipynb #a5ddfcdd
 def _evaluated_part(
     state:dict,  # all tensors of a run's checkpoint
 ) -> dict:
