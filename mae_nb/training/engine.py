@@ -45,7 +45,7 @@ def check_channels(
         raise UsageError(f'{images.name} has images of {images.in_chans} channels and the model takes '
                          f'{encoder.in_chans}: create the model with in_chans={images.in_chans}')
 
-# %% ../../nbs/training/11_engine.ipynb #c995227b
+# %% ../../nbs/training/11_engine.ipynb #25ea6c2c
 def run_seed(
     dls,            # from `get_dls`
     seed:int|None,  # the seed asked for; the loaders' own if None
@@ -56,7 +56,7 @@ def run_seed(
         raise UsageError(f'the loaders were made with seed={own}, the learner with seed={seed}: give both the same')
     return own
 
-# %% ../../nbs/training/11_engine.ipynb #39447fbe
+# %% ../../nbs/training/11_engine.ipynb #0e07214e
 def images_per_step(
     dls,     # from `get_dls`
     recipe,  # of the task
@@ -77,7 +77,7 @@ def known_flops(
     encoder = getattr(model, 'encoder', model)
     return step_flops(model) if isinstance(encoder, Encoder) else 0
 
-# %% ../../nbs/training/11_engine.ipynb #29129001
+# %% ../../nbs/training/11_engine.ipynb #b6b86a93
 def _basic_callbacks(dls, model:nn.Module, recipe, out:Path|None) -> list[Callback]:
     "Records, standardised images and the guard; in the first process also the pace and the bar."
     images = dls.train.dataset.images
