@@ -12,33 +12,30 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support import BIN, Said
 from fastai.callback.core import Callback
 from fastcore.script import _run_cli
 from safetensors.torch import load_file
+from support import BIN, Said
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 
 from mae_nb import commands as cli
-from mae_nb.training.checkpoints import newest_checkpoint, whole_tensor
 from mae_nb.base.keyed import seeded
-from mae_nb.model.classifier import create_classifier
+from mae_nb.base.processes import gather_values, process_group, processes, rank, sum_over_processes
 from mae_nb.data.datasets import fashion
-from mae_nb.data.loader import get_dls
-from mae_nb.base.processes import gather_values, processes, rank, sum_over_processes, process_group
-from mae_nb.training.distributed import PARALLEL, submit
-from mae_nb.training.runs import make_run
-from mae_nb.tasks.finetune import finetune_learner
+from mae_nb.data.loader import get_dls, loader_batch
+from mae_nb.model.classifier import create_classifier
 from mae_nb.model.mae import create_mae
+from mae_nb.tasks.finetune import finetune_learner, partial_learner
 from mae_nb.tasks.pretrain import pretrain_learner
-from mae_nb.tasks.finetune import partial_learner
 from mae_nb.tasks.probes import linear_probe_learner
-from mae_nb.data.loader import loader_batch
+from mae_nb.training.checkpoints import newest_checkpoint, whole_tensor
+from mae_nb.training.distributed import PARALLEL, submit
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
+from mae_nb.training.runs import make_run, read_metrics
 from mae_nb.training.switches import compile_model
-from mae_nb.training.runs import read_metrics
 
 SMALL = dict(in_chans=1, dim=32, depth=2, num_heads=2)
 NAME = 'mae_vit_nano_patch4_28'
@@ -83,7 +80,7 @@ def results(runs):
     assert [r.code for r in runs] == [0] * len(runs), '\n'.join(r.said for r in runs)
     return [r.result for r in runs]
 
-# ---- the same training, in whichever number of processes ------------------------------------------------------------
+# ---- the same training, in whichever number of processes -----------------------------------------------------------
 
 class Double(Callback):
     "Train in float64, so that what differs does not drown in rounding."
@@ -258,7 +255,7 @@ def test_sums_are_over_all_and_the_empty_handed_take_part(tmp_path):
     def sums(): return sum_over_processes(torch.tensor(rank() + 1.), 0 if rank() else 3).tolist(), gather_values(rank() or None)
     assert results(spread(3, sums, tmp_path)) == [([6., 3.], [None, 1, 2])] * 3
 
-# ---- when something goes wrong in one of them -------------------------------------------------------------------------
+# ---- when something goes wrong in one of them ----------------------------------------------------------------------
 
 class InLast(Callback):
     "Do something in the last process, in the middle of a step of the first epoch."
@@ -320,7 +317,7 @@ def test_bad_files_end_all_with_one_line(photos, tmp_path, monkeypatch):
     assert time.time() - start < 30 and [r.code for r in runs] == [1, 1]
     assert any('mae-pretrain: error: ' in r.said and 'could not be read, more than 1%' in r.said for r in runs), [r.said for r in runs]
 
-# ---- the commands, as torchrun starts them ----------------------------------------------------------------------------
+# ---- the commands, as torchrun starts them -------------------------------------------------------------------------
 
 @pytest.fixture
 def torchrun(tmp_path):
@@ -415,7 +412,7 @@ def test_two_machines_train_one_model(forked, photos, tmp_path, parallel):
     assert forked('mae-pretrain', 'photos', *NANO, '--out', 'one').code == 0
     assert_same_metrics(tmp_path/'two', tmp_path/'one')
 
-# ---- from a notebook, and through Slurm's queue -------------------------------------------------------------------------
+# ---- from a notebook, and through Slurm's queue --------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_a_notebook_that_has_trained_starts_two_processes(tmp_path):

@@ -3,14 +3,14 @@ import pytest
 from fastai.callback.core import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_nb.model.classifier import create_classifier
 from mae_nb.data.datasets import load_source
 from mae_nb.data.loader import get_dls
-from mae_nb.training.progress import Progress
-from mae_nb.tasks.finetune import finetune_learner
+from mae_nb.model.classifier import create_classifier
 from mae_nb.model.mae import create_mae
+from mae_nb.tasks.finetune import finetune_learner
 from mae_nb.tasks.pretrain import pretrain_learner
 from mae_nb.training.presets import RECIPES
+from mae_nb.training.progress import Progress
 from mae_nb.training.recipes import override
 
 

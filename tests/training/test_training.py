@@ -7,31 +7,31 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from PIL import Image
-from torch import nn
-
-from mae_nb.model.classifier import create_classifier
-from mae_nb.weights.building import classifier_from
-from mae_nb.data.datasets import load_source
-from mae_nb.data.loader import get_dls
-from mae_nb.training.runs import make_run
-from mae_nb.tasks.finetune import finetune_learner
-from mae_nb.model.mae import create_mae
-from mae_nb.training.optim import finetune_groups, lars, param_groups, pretrain_groups
-from mae_nb.tasks.pretrain import pretrain_learner
 from mae_nb.probes import (
     AttentiveHead,
     FrozenProbe,
     LinearHead,
     attentive_probe_learner,
+    freeze_below,
     linear_probe_learner,
     partial_learner,
-    freeze_below,
 )
+from PIL import Image
+from torch import nn
+
+from mae_nb.data.datasets import load_source
+from mae_nb.data.loader import get_dls
+from mae_nb.model.classifier import create_classifier
+from mae_nb.model.mae import create_mae
+from mae_nb.tasks.finetune import finetune_learner
+from mae_nb.tasks.pretrain import pretrain_learner
+from mae_nb.training.optim import finetune_groups, lars, param_groups, pretrain_groups
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import AttentiveRecipe, LinearRecipe, PartialRecipe, ScratchRecipe, override
+from mae_nb.training.runs import make_run
+from mae_nb.weights.building import classifier_from
 
-# ---- who is in which group: name, learning-rate scale, weight decay; '-' is frozen --------------------------------------------------
+# ---- who is in which group: name, learning-rate scale, weight decay; '-' is frozen ---------------------------------
 
 TABLES = {
 'pretrain': '''
@@ -234,7 +234,7 @@ def test_vit_b_groups(protocol):
     seen = [id(p) for g in groups for p in g['params']]
     assert sorted(seen) == sorted(id(p) for p in model.parameters() if p.requires_grad)    # each one once
 
-# ---- the schedule, step by step -----------------------------------------------------------------------------------------------------
+# ---- the schedule, step by step ------------------------------------------------------------------------------------
 
 TINY = dict(dim=16, depth=3, num_heads=2)
 MAE_TINY = TINY | dict(decoder_dim=16)
@@ -270,7 +270,7 @@ def test_the_schedule_at_each_step(sets, accumulate):
         for lr, scale in groups: assert lr == pytest.approx(want * scale, rel=1e-12, abs=1e-18)
     assert len({scale for _, scale in spy.rates[0]}) == 5    # embedding, three blocks, head
 
-# ---- accumulation, clipping, average ------------------------------------------------------------------------------------------------
+# ---- accumulation, clipping, average -------------------------------------------------------------------------------
 
 class Double(Callback):
     "Images in double precision."
@@ -314,7 +314,7 @@ def test_the_average_is_its_closed_form_and_is_what_is_evaluated(sets, tmp_path,
     finetune_learner(get_dls(sets, late, img_size=28), tiny_classifier(), late).fit_recipe()
     assert 'the first weights are still in it' in capsys.readouterr().out
 
-# ---- evaluation, mixing, frozen parameters ------------------------------------------------------------------------------------------
+# ---- evaluation, mixing, frozen parameters -------------------------------------------------------------------------
 
 def whole(images):
     from mae_nb.data.images import standardize
@@ -375,7 +375,7 @@ def test_probes_leave_the_encoder_alone(sets, learner, recipe):
     assert all(torch.equal(v, before[f'encoder.{k}']) for k, v in learn.model.encoder.state_dict().items())
     assert not learn.model.head.norm.affine and learn.model.head.norm.eps == 1e-6
 
-# ---- other people's code ------------------------------------------------------------------------------------------------------------
+# ---- other people's code -------------------------------------------------------------------------------------------
 
 def test_lars_against_timm_and_where_they_differ():
     from timm.optim import Lars
@@ -412,7 +412,7 @@ def test_layer_decay_against_timm_and_where_they_differ(pool):
     assert differ == (set() if pool == 'avg' else {'norm.weight', 'norm.bias'})    # timm scales the last norm by one step, the official code does not
     for n in differ: assert (got[n][0], want[n][0]) == (1., pytest.approx(.75))
 
-# ---- the same with workers, and what cannot work ------------------------------------------------------------------------------------
+# ---- the same with workers, and what cannot work -------------------------------------------------------------------
 
 def test_the_whole_recipe_is_a_function_of_the_seed(sets):
     "RandAugment, erasing, mixup, drop path: two workers or none, the same losses."
@@ -454,7 +454,7 @@ def test_an_epoch_whose_leftover_is_a_single_batch_of_one(sets):
     learn.fit_recipe()
     assert len(spy.rates) == 2 * 3 and all(math.isfinite(x) for x in learn.recorder.losses)
 
-# ---- commands -----------------------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------------------------
 
 def test_commands(forked, tmp_path):
     folders(tmp_path/'pets', ['cat', 'dog'], ['cat', 'dog'])
@@ -475,7 +475,7 @@ def test_commands(forked, tmp_path):
         got = forked(*words, '--out', 'never')
         assert got.code == 2 and said in got.line and not (tmp_path/'never').exists(), got
 
-# ---- the study's shortcut -----------------------------------------------------------------------------------------------------------
+# ---- the study's shortcut ------------------------------------------------------------------------------------------
 
 def test_the_study_s_cached_prefixes_are_the_model(sets):
     "bench/cifar_protocols.py trains the last blocks on tokens computed once: the same answers as the whole classifier's."
