@@ -150,7 +150,8 @@ def fill_a_disk(tmp_path, whole, steps):
         os._exit(77)
     command = lambda log, *words: run_command(tmp_path, tmp_path/log, *words)
     got, done = command('a', *WORDS, '--out', 'disk/run')
-    full = 'no space left on the disk for a checkpoint in disk/run/checkpoints; the older ones there are whole: free some'
+    full = ('no space left on the disk for a checkpoint in disk/run/checkpoints; '
+            'the older ones there are whole: free some')
     assert got.code == 1 and full in got.line and got.line.endswith('go on with --resume disk/run'), got
     files = checkpoints_in(run/'checkpoints')
     assert len(files) == 2 and 0 < len(done) < len(steps) and all(read_checkpoint(f) for f in files)

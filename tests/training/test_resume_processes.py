@@ -62,7 +62,8 @@ def seen(*logs):
             epoch, i, part, *sample = json.loads(line)
             life.setdefault((epoch, i), {}).setdefault(part, []).append(sample)
         batches |= life
-    return [sample for _, parts in sorted(batches.items()) for _, samples in sorted(parts.items()) for sample in samples]
+    in_order = [samples for _, parts in sorted(batches.items()) for _, samples in sorted(parts.items())]
+    return [sample for samples in in_order for sample in samples]
 
 def output(log): return ''.join(f.read_text() for f in log.parent.glob(f'{log.stem}.log*'))
 
@@ -135,8 +136,9 @@ def begin_torchrun(folder, out):
     options = '--standalone', '--nproc-per-node', '2', '--max-restarts', '3'
     words = ('photos', '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--bs', '20', '--epochs', '8',
              '--num-workers', '0', '--save-every', '2', '--out', out, '--resume', 'auto')
+    command = [BIN/'torchrun', *options, BIN/'mae-pretrain', *words]
     with open(folder/f'{out}.log', 'w') as log:
-        return subprocess.Popen([BIN/'torchrun', *options, BIN/'mae-pretrain', *words], cwd=folder, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
 
 @pytest.mark.slow
 def test_torchrun_begins_again_by_itself(photos, tmp_path):

@@ -119,8 +119,8 @@ def traced(place, *inject):
     start_again(run)
     return code, step
 
-CALLED = ('open', 'openat', 'write', 'pwrite64', 'writev', 'ftruncate', 'fallocate', 'fsync', 'rename', 'unlink', 'chmod',
-          'fchmodat', 'close')
+CALLED = ('open', 'openat', 'write', 'pwrite64', 'writev', 'ftruncate', 'fallocate', 'fsync', 'rename', 'unlink',
+          'chmod', 'fchmodat', 'close')
 
 @pytest.mark.slow
 def test_a_save_interrupted_at_each_system_call(tmp_path):
