@@ -251,7 +251,7 @@ def _end_now(signum:int):
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
-# %% ../../nbs/training/05_checkpoints.ipynb #48650145
+# %% ../../nbs/training/05_checkpoints.ipynb #80559e83
 class RunTables:
     "The tables of a run folder, which a resumed run must find as its checkpoint left them."
     def __init__(self,

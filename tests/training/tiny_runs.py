@@ -1,6 +1,5 @@
 """Tiny runs, each life of one in a process of its own; moments at which a life ends; and what two runs must share."""
 import os
-import socket
 import sys
 import time
 from functools import cache, partial
@@ -9,6 +8,7 @@ from signal import SIGKILL
 
 import torch
 from fastai.callback.core import Callback
+from ranks import free_port
 from support import begin_command, exit_code, fork
 from torch.distributed.checkpoint import state_dict  # noqa: F401  every fork would import it again when it resumes
 
@@ -77,11 +77,6 @@ def live(task, out, steps, moment=None, workers=0, **kwargs):
     "One life of a run: all of it, or until a moment comes."
     killers = moment() if moment else None
     learner(task, out, workers, cbs=[Steps(steps), *(killers or [])], **kwargs).fit_recipe()
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 # ---- what two runs must share --------------------------------------------------------------------------------------
 
