@@ -177,14 +177,21 @@ def test_a_job_for_slurm(photos, forked, tmp_path, monkeypatch):
     words = 'photos', *NANO, '--epochs', '40', '--resume', 'auto', '--out'
     command = [BIN/'mae-pretrain', *words, 'two']
     job = submit(command, tmp_path/'slurm', per_node=2, cluster='local', gpus_per_node=0)
-    end = time.time() + 60
-    while len(rows(tmp_path/'two')) < 4:
-        assert time.time() < end and job.state == 'RUNNING', job.stderr()
-        time.sleep(.1)
-    for task in children(job._process.pid):   # Slurm signals each process of a job
-        for pid in (task, *children(task)):
-            os.kill(pid, signal.SIGUSR2)
-    job.results()
+    try:
+        preempt(job, tmp_path/'two')
+        job.results()
+    finally:
+        job.cancel()   # of no effect on a job that has ended
     assert 'goes on at epoch' in job.stdout() + job.task(0).stdout(), job.stderr()
     assert forked('mae-pretrain', *words, 'one').code == 0
     assert_same_metrics(tmp_path/'two', tmp_path/'one')
+
+def preempt(job, run):
+    "Let a job train three epochs, and signal each of its processes as Slurm does."
+    end = time.time() + 120
+    while len(rows(run)) < 4:
+        assert time.time() < end and job.state == 'RUNNING', job.stderr()
+        time.sleep(.1)
+    for task in children(job._process.pid):
+        for pid in (task, *children(task)):
+            os.kill(pid, signal.SIGUSR2)
