@@ -46,7 +46,7 @@ from .tasks.pretrain import pretrain, run_pretrain
 from .tasks.probes import run_probe
 from .tasks.replay import RUNS, Replay, read_step
 from .tasks.visualize import save_reconstructions, show_reconstructions
-from .training.checkpoints import Checkpoints, Terminated, _terminate
+from .training.checkpoints import Checkpoints, Terminated, raise_terminated
 from .training.distributed import PARALLEL
 from .training.presets import RECIPES, default_model, recipe_from_flags
 from .training.recipes import SWITCHES, mae_options, override, switches_of
@@ -185,7 +185,7 @@ def command(
     place = {}
     if not is_cli(func): yield place; return
     for name in ('SIGTERM', 'SIGUSR1'):
-        if hasattr(signal, name): signal.signal(getattr(signal, name), _terminate)
+        if hasattr(signal, name): signal.signal(getattr(signal, name), raise_terminated)
     try:
         with process_group(): yield place
     except (Exception, KeyboardInterrupt, Terminated) as e:

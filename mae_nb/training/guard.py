@@ -13,112 +13,164 @@ from pathlib import Path
 
 from fastai.callback.core import Callback
 import numpy as np
-from torch import nn
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..base.files import write_atomically
-from ..base.processes import rank
+from ..base.processes import print_once, processes, rank
 from .checkpoints import save_checkpoint, whole_tensor
+from .distributed import batch_norms
 from .optim import skippable
 
 # %% ../../nbs/training/08_guard.ipynb #2100a002
 class DelayedReader:
     "Reads numbers from the device a few steps after they were made, so that nobody waits for them."
-    def __init__(self, lag:int=2): self.lag, self.queue = lag, deque()
+    def __init__(self,
+        lag:int=2,  # steps from the copy to the reading
+    ):
+        self.lag, self.queue = lag, deque()
 
     def push(self,
         numbers:torch.Tensor,  # made on the device in this step
         note,                  # anything that belongs to them
-    ):                         # list of numbers and its note, of this step on a CPU, of an earlier one on a GPU; None at first
-        if numbers.device.type == 'cpu': return numbers.tolist(), note   # nothing to wait for
+    ) -> tuple[list, object]|None:  # numbers and note, of this step on a CPU, of an earlier one on a GPU; None at first
+        "Hand in this step's numbers, get those that have arrived."
+        if numbers.device.type == 'cpu':   # nothing to wait for
+            return numbers.tolist(), note
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
-        (done := torch.cuda.Event()).record()
-        self.queue.append((host, done, note))
-        if len(self.queue) <= self.lag: return None
-        host, done, note = self.queue.popleft()
-        done.synchronize()
+        copied = torch.cuda.Event()
+        copied.record()
+        self.queue.append((host, copied, note))
+        if len(self.queue) <= self.lag:
+            return None
+        host, copied, note = self.queue.popleft()
+        copied.synchronize()
         return host.tolist(), note
 
 # %% ../../nbs/training/08_guard.ipynb #2100a003
 class Guard(Callback):
     "Skip, on the device, steps whose loss or gradient is not a number; clip gradients; note spikes of the loss."
     order, run_valid = 11, False   # the gradients of a step are added up and averaged by then
+    state = 'streak', 'skipped', 'mean', 'var', 'seen'   # tensors that a checkpoint keeps
     def __init__(self,
         clip:float=0.,         # largest norm of the gradient; 0 = none
         patience:int=10,       # bad steps in a row that end the run
         spike:float=6.,        # standard deviations above its running mean that make a loss a spike
         out:str|Path|None=None,  # the run folder
-    ): self.clip, self.patience, self.spike, self.out = clip, patience, spike, None if out is None else Path(out)
+    ):
+        self.clip, self.patience, self.spike = clip, patience, spike
+        self.out = None if out is None else Path(out)
 
     def before_fit(self):
         zero = torch.zeros((), dtype=torch.float64, device=self.dls.device)
-        self.streak, self.skipped, self.mean, self.var, self.seen = (zero.clone() for _ in range(5))
-        self.later, self.stop, self.told, self.stepped = DelayedReader(), 0, 0, False
-        self.params = None   # found at the first step, where weights that are cut are in their parts; to find them takes longer than to look through them
-        self.norms = [b for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+        for name in self.state:
+            setattr(self, name, zero.clone())
+        self.reader, self.stop, self.reported, self.stepped = DelayedReader(), 0, 0, False
+        self.params = None   # listed at the first step, when weights that are cut are in their parts
+        self.kept = []
+        self.norm_buffers = [b for m in batch_norms(self.model) for b in m.buffers()]
         skippable(self.opt.opt)
 
+    # ---- on the device --------------------------------------------------------------------------------------------
     def before_batch(self):
-        if self.norms and self.iter % self.learn.batches_per_step == 0: self.kept = [b.clone() for b in self.norms]
+        if self.norm_buffers and self.iter % self.learn.batches_per_step == 0:
+            self.kept = [b.clone() for b in self.norm_buffers]
 
     def before_step(self):
-        if self.params is None: self.params = list(self.model.parameters())
+        if self.params is None:
+            self.params = list(self.model.parameters())
         norm = whole_tensor(get_total_norm([p.grad for p in self.params if p.grad is not None]))
-        fine = norm.isfinite() & self.learn.loss.isfinite() & (self.streak < self.patience)   # after the last straw nothing moves
-        if self.clip: clip_grads_with_norm_(self.params, self.clip, norm)
+        alive = self.streak < self.patience   # after the last bad step that is allowed, nothing moves
+        fine = norm.isfinite() & self.learn.loss.isfinite() & alive
+        if self.clip:
+            clip_grads_with_norm_(self.params, self.clip, norm)
         self.streak = torch.where(fine, 0., self.streak + 1)
         self.skipped = self.skipped + ~fine
         self.opt.opt.found_inf = (~fine).float()
-        for b, old in zip(self.norms, self.kept if self.norms else ()): b.copy_(torch.where(fine, b, old))
+        for buffer, old in zip(self.norm_buffers, self.kept):
+            buffer.copy_(torch.where(fine, buffer, old))
         self.stepped = True
 
     def after_batch(self):
-        if not self.stepped: return
-        self.stepped, loss = False, self.learn.loss.detach().double()
+        if not self.stepped:
+            return
+        self.stepped, loss, mean = False, self.learn.loss.detach().double(), self.mean
+        spike = self.add_loss(loss)
+        stop = self.learn.stop if processes() > 1 else torch.zeros_like(loss)   # `Parallel` averages signals
+        numbers = torch.stack([self.streak, self.skipped, spike, stop]).long()
+        k = self.learn.batches_per_step
+        arrived = self.reader.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean))
+        if arrived:
+            self.look(*arrived)
+
+    def add_loss(self, loss:torch.Tensor) -> torch.Tensor:
+        "Update the running mean and variance, over some 100 steps; whether the loss was a spike."
         fine = loss.isfinite()
         above = torch.where(fine, loss - self.mean, 0.)
         spike = (self.seen >= 100) & (above > self.spike * self.var.sqrt())
         share = fine / (self.seen + 1).clamp(max=100)
-        numbers = torch.stack([self.streak, self.skipped, spike, getattr(self.learn, 'stop', torch.zeros_like(loss))]).long()
-        mean = self.mean
-        self.mean, self.var, self.seen = self.mean + share * above, (1 - share) * (self.var + share * above**2), self.seen + fine
-        k = self.learn.batches_per_step
-        if read := self.later.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean)): self.look(*read)
+        self.mean, self.var = self.mean + share * above, (1 - share) * (self.var + share * above**2)
+        self.seen = self.seen + fine
+        return spike
 
-    def look(self, numbers:list, where:tuple):
-        "Act on what the device has told."
+    # ---- on the host ----------------------------------------------------------------------------------------------
+    def look(self, numbers:list, step:tuple):
+        "Act on the counts of a step: its epoch, its first batch, the one after its last, its loss and the usual one."
         streak, skipped, spike, self.stop = numbers
-        epoch, first, last, loss, mean = where
-        if spike: self.note_spike(epoch, first, last, loss.item(), mean.item())
-        if skipped > self.told and rank() == 0: print(f'epoch {epoch}, batch {last - 1}: loss or gradient is not a number, the step is skipped ({skipped} so far)', flush=True)
-        self.told = skipped
-        if streak >= self.patience: self.give_up(epoch, first, last)
+        epoch, first, last, loss, mean = step
+        if spike:
+            self.note_spike(epoch, first, last, loss.item(), mean.item())
+        if skipped > self.reported:
+            print_once(f'epoch {epoch}, batch {last - 1}: loss or gradient is not a number, '
+                       f'the step is skipped ({skipped} so far)')
+        self.reported = skipped
+        if streak >= self.patience:
+            self.give_up(epoch, first, last)
 
-    def note_spike(self, epoch, first, last, loss, mean):
-        if self.out is None or rank(): return
-        new = not (self.out/'spikes.csv').exists()
-        with open(self.out/'spikes.csv', 'a', newline='') as f:
-            if new: csv.writer(f).writerow(['epoch', 'batch', 'loss', 'usual', 'samples'])
-            csv.writer(f).writerow([epoch, first, loss, mean, ' '.join(map(str, self.dls.train.samples(epoch, first, last)))])
+    def note_spike(self, epoch:int, first:int, last:int, loss:float, mean:float):
+        if self.out is None or rank():
+            return
+        file = self.out/'spikes.csv'
+        new = not file.exists()
+        with open(file, 'a', newline='') as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(['epoch', 'batch', 'loss', 'usual', 'samples'])
+            writer.writerow([epoch, first, loss, mean, ' '.join(map(str, self.dls.train.samples(epoch, first, last)))])
 
-    def give_up(self, epoch, first, last):
-        said = f'{self.patience} steps in a row had a loss or gradient that is not a number, the last one at epoch {epoch}, batch {first}'
-        advice = 'lower the learning rate (base_lr), or train without bf16 (--set amp=False)'
-        if self.out is None: raise FloatingPointError(f'{said}: {advice}')
+    def give_up(self, epoch:int, first:int, last:int):
+        "End the run, and leave the step for `mae-replay`."
+        reason = (f'{self.patience} steps in a row had a loss or gradient that is not a number, '
+                  f'the last one at epoch {epoch}, batch {first}')
+        advice = 'lower the learning rate (base_lr), or train without bf16 (amp=False)'
+        if self.out is None:
+            raise FloatingPointError(f'{reason}: {advice}')
         folder = self.out/'bad_steps'/f'epoch-{epoch}-batch-{first}'
-        if rank(): self.learn.checkpoints.take_part()
+        if rank():
+            self.learn.checkpoints.take_part()
         else:
-            (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
-            step, tensors, config = self.learn.checkpoints.state()
-            config['run'] |= dict(epoch=epoch, batches=first, step=config['run']['step'] - (last - first))
-            save_checkpoint(folder/'checkpoints', step, tensors, config)
-            samples, images = self.dls.train.samples(epoch, first, last), self.dls.train.dataset.images
-            files = [] if isinstance(images.items, np.ndarray) else [images.file(i) for i in samples]
-            with write_atomically(folder/'step.json') as f: f.write_text(json.dumps(dict(run=str(self.out), epoch=epoch, first_batch=first, batches=last - first, seed=self.dls.train.dataset.seed, samples=samples, files=files), indent=1) + '\n')
-        raise FloatingPointError(f'{said}; the state before it and its samples are in {folder}: see the step again with mae-replay {folder}; {advice}')
+            self.keep_step(folder, epoch, first, last)
+        raise FloatingPointError(f'{reason}; the state before it and its samples are in {folder}: '
+                                 f'see the step again with mae-replay {folder}; {advice}')
 
-    def run_tensors(self): return {k: getattr(self, k) for k in ('streak', 'skipped', 'mean', 'var', 'seen')}
-    def load_run_tensors(self, tensors):
-        for k, v in tensors.items(): setattr(self, k, v.to(self.dls.device))
-        self.told = int(self.skipped)
+    def keep_step(self, folder:Path, epoch:int, first:int, last:int):
+        "Write the state before a step, and its samples."
+        (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
+        step, tensors, config = self.learn.checkpoints.state()
+        config['run'] |= dict(epoch=epoch, batches=first, step=config['run']['step'] - (last - first))
+        save_checkpoint(folder/'checkpoints', step, tensors, config)
+        samples, data = self.dls.train.samples(epoch, first, last), self.dls.train.dataset
+        in_memory = isinstance(data.images.items, np.ndarray)
+        files = [] if in_memory else [data.images.file(i) for i in samples]
+        content = dict(run=str(self.out), epoch=epoch, first_batch=first, batches=last - first, seed=data.seed,
+                       samples=samples, files=files)
+        with write_atomically(folder/'step.json') as f:
+            f.write_text(json.dumps(content, indent=1) + '\n')
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    def run_tensors(self) -> dict: return {name: getattr(self, name) for name in self.state}
+
+    def load_run_tensors(self, tensors:dict):
+        for name, t in tensors.items():
+            setattr(self, name, t.to(self.dls.device))
+        self.reported = int(self.skipped)

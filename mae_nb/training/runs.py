@@ -122,8 +122,8 @@ class RunWriter(Callback):
     def after_epoch(self):
         values, lr, new = list(self.recorder.log), self.recorder.lrs[-1], len(self.recorder.new)
         self.row('metrics.csv', ['' if v is None else v for v in values] + [lr, int(self.guard.skipped)])
-        told = {k: v for k, v in self.pace.told.items() if v is not None}
-        self.row('timing.csv', [self.epoch, *(f'{told[k]:.4f}' if k in told else '' for k in self.pace.told)])
+        told = {k: v for k, v in self.pace.report.items() if v is not None}
+        self.row('timing.csv', [self.epoch, *(f'{told[k]:.4f}' if k in told else '' for k in self.pace.report)])
         for name, v in zip(self.recorder.metric_names[1:], values[1:], strict=True):
             if v is not None: self.board.add_scalar(name, v, self.train_iter)
         for step, loss in enumerate(self.recorder.losses[-new:], self.train_iter - new): self.board.add_scalar('step_loss', loss, step)
