@@ -30,7 +30,7 @@ from .distributed import PARALLEL
 from .guard import Guard
 from .optim import Accumulate, Schedule, WeightEMA, adamw, warmup_cosine
 from .progress import Pace, Progress
-from .recipes import as_config, learning_rate, switches_of
+from .recipes import as_config
 from .runs import RunWriter
 from .switches import DTYPES, apply_switches
 
@@ -84,11 +84,11 @@ class TaskLearner(Learner):
         if self.batches_per_step > 1 and self.batch != recipe.batch_size:
             raise ValueError(f'{dls.train.bs} images a batch x {processes()} processes x {self.batches_per_step} accumulated are {self.batch} a step, the recipe says '
                              f'batch_size={recipe.batch_size}: make the loaders with bs=loader_batch(recipe, {processes()}), or change batch_size')
-        self.base_rate = learning_rate(recipe, self.batch)
+        self.base_rate = recipe.learning_rate(self.batch)
         images = dls.train.dataset.images
         first = rank() == 0
         own = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Guard(recipe.clip, out=out)]
-        model = apply_switches(model.to(dls.device), **switches_of(recipe))
+        model = apply_switches(model.to(dls.device), **recipe.switches)
         dtype = DTYPES['bfloat16' if recipe.amp else 'float32']
         flops = step_flops(model) if isinstance(getattr(model, 'encoder', model), Encoder) else 0   # of a model of yours no operations are known
         if first: own += [Pace(flops, peak_flops(dls.device, dtype) * processes(), recipe.repeats), Progress()]
