@@ -1000,6 +1000,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mae_nb.training.runs.write_json': ('training/runs.html#write_json', 'mae_nb/training/runs.py')},
             'mae_nb.training.switches': { 'mae_nb.training.switches._checkpointed': ( 'training/switches.html#_checkpointed',
                                                                                       'mae_nb/training/switches.py'),
+                                          'mae_nb.training.switches._is_block': ( 'training/switches.html#_is_block',
+                                                                                  'mae_nb/training/switches.py'),
                                           'mae_nb.training.switches.apply_switches': ( 'training/switches.html#apply_switches',
                                                                                        'mae_nb/training/switches.py'),
                                           'mae_nb.training.switches.blocks_of': ( 'training/switches.html#blocks_of',
