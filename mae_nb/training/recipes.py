@@ -48,7 +48,7 @@ def describe_fields(
             described[f.name] = described.get(f.name, {}) | f.metadata
     return described
 
-# %% ../../nbs/training/01_recipes.ipynb #33bc5025
+# %% ../../nbs/training/01_recipes.ipynb #ad5cf054
 COMPILE = ('none', 'blocks', 'whole', 'graphs')   # nothing; each block by itself; the whole model; that as CUDA graphs
 
 def one_of(names:Collection[str]) -> Rule:
@@ -73,7 +73,7 @@ AREA = Rule('two shares of the area, 0 < smallest <= largest <= 1', lambda v: le
 _OPERATIONS = re.compile(r'rand(-(m|n|mstd|mmax|inc|p)\d+(\.\d+)?)+')   # timm's way to write RandAugment's options
 RANDAUGMENT = Rule("empty, or like 'rand-m9-mstd0.5-inc1'", lambda v: v == '' or bool(_OPERATIONS.fullmatch(v)))
 
-# %% ../../nbs/training/01_recipes.ipynb #d8dbf76b
+# %% ../../nbs/training/01_recipes.ipynb #0f9d13f8
 def check_value(
     name:str,            # the field
     value,               # what it is to be
@@ -107,6 +107,7 @@ class Recipe:
     label_smoothing = 0.     # none
     clip = 0.                # no largest norm of the gradient
     ema = 0.                 # no average of the weights
+    amp = False              # float32
     compile = 'none'
     checkpointing = False
     fp8 = False
@@ -147,7 +148,7 @@ class TrainedRecipe(Recipe):
         "The learning rate by the linear rule: base rate x effective batch / 256."
         return self.base_lr * effective_batch / 256
 
-# %% ../../nbs/training/01_recipes.ipynb #a9355dc9
+# %% ../../nbs/training/01_recipes.ipynb #1dc03553
 @dataclass(frozen=True)
 class PretrainRecipe(TrainedRecipe):
     "Masked pretraining (Table 8 of the paper)."
