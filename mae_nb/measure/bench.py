@@ -109,7 +109,7 @@ def bench_loader(
 
     return dict(ours=count * bs * dls.train.dataset.repeats / timed(run, device))
 
-# %% ../../nbs/measure/01_bench.ipynb #12624a91
+# %% ../../nbs/measure/01_bench.ipynb #343675c8
 WARM_UP = 5   # steps before the clock starts
 
 class StepClock(Callback):
@@ -178,7 +178,7 @@ def _loop_seconds(dls, model:MAE, recipe) -> float:
         opt.zero_grad()
     return _now(device) - start
 
-# %% ../../nbs/measure/01_bench.ipynb #474e9f81
+# %% ../../nbs/measure/01_bench.ipynb #e354d166
 def bench_save(
     model:MAE,             # on its device
     pairs:int=3,           # times
@@ -265,7 +265,7 @@ def bench(
     return (dict(bench=what) | numbers | dict(model=model, bs=bs, set=set or []) | reported[what]
             | machine(device, DTYPES[dtype], packages))
 
-# %% ../../nbs/measure/01_bench.ipynb #852d9894
+# %% ../../nbs/measure/01_bench.ipynb #f7364466
 def _check_options(what:str, task:str, bs:int, options:dict):
     "Raise an error for a name that is unknown or an option without effect."
     pick(what, BENCH_FIELDS, 'bench')

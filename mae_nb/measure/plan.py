@@ -52,7 +52,7 @@ def fit_batch(
     raise UsageError(f'the model does not fit: one image takes {least / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB: '
                      'use a smaller `model` or more `memory`')
 
-# %% ../../nbs/measure/02_plan.ipynb #b8a6c9bf
+# %% ../../nbs/measure/02_plan.ipynb #a831c87f
 def make_plan(
     model:nn.Module,     # as for `model_parts`
     recipe,              # with `epochs` and `batch_size`
@@ -83,7 +83,7 @@ def make_plan(
                 memory_parts_gib={name: size / 2**30 for name, size in parts.items()},
                 hours=hours, gpu_hours=hours * gpus, cost=hours * gpus * price)
 
-# %% ../../nbs/measure/02_plan.ipynb #05e0ac91
+# %% ../../nbs/measure/02_plan.ipynb #e0d057d3
 def planned_model(
     recipe,             # for pretraining, fine-tuning, or a linear probe
     name:str,           # a key of `SIZES`
@@ -148,7 +148,7 @@ def loader_seconds(
     noise = random_images(bs * 4, size, mean, std)
     return 1 / bench_loader((noise, None), recipe, bs, size, batches=3, num_workers=0)['ours']
 
-# %% ../../nbs/measure/02_plan.ipynb #8430a642
+# %% ../../nbs/measure/02_plan.ipynb #767038a9
 class Plan(dict):
     "What a run will take, by name; `plan_text` states it in lines."
     def __init__(self,
@@ -199,7 +199,7 @@ def plan(
     about = dict(recipe=recipe, model=name, data=data, measured=given is None, device=str(device), parallel=parallel)
     return Plan(about | numbers, chosen, images, room, load)
 
-# %% ../../nbs/measure/02_plan.ipynb #e8fe4d4d
+# %% ../../nbs/measure/02_plan.ipynb #2d17c904
 def _data_of(recipe:str) -> str:
     "The data set in a recipe's name, or ImageNet."
     suffix = recipe.rpartition('_')[2]
@@ -237,7 +237,7 @@ def _load(recipe, data:str, model:nn.Module) -> float:
         mean, std = train.mean, train.std
     return loader_seconds(recipe, get_encoder(model).img_size, mean, std)
 
-# %% ../../nbs/measure/02_plan.ipynb #80358b5b
+# %% ../../nbs/measure/02_plan.ipynb #8847783e
 def plan_text(
     plan:Plan,     # from `plan`
 ) -> str:
