@@ -34,7 +34,7 @@ def compile_model(
     "Compile a model in place; the names of its weights stay. CUDA graphs without a GPU are an error."
     device = next(model.parameters()).device
     if pick(how, COMPILE, 'way to compile') == 'graphs' and device.type != 'cuda':
-        raise UsageError("compile='graphs' replays CUDA graphs and needs a GPU: use blocks or whole")
+        raise UsageError("compile=graphs replays CUDA graphs and needs a GPU: use blocks or whole")
     if how == 'blocks':
         for block in blocks_of(model):
             block.compile()
@@ -42,7 +42,7 @@ def compile_model(
         model.compile(mode='reduce-overhead' if how == 'graphs' else None)
     return model
 
-# %% ../../nbs/training/04_switches.ipynb #ee8058eb
+# %% ../../nbs/training/04_switches.ipynb #f2b2a811
 @cache
 def _checkpointed(kind:type) -> type:
     "A block's class that checkpoints each call, compiled or not."
@@ -60,7 +60,7 @@ def checkpoint_blocks(model:nn.Module):
         if type(block).__name__ != 'Checkpointed':
             block.__class__ = _checkpointed(type(block))
 
-# %% ../../nbs/training/04_switches.ipynb #67942804
+# %% ../../nbs/training/04_switches.ipynb #c445f5ef
 def float8_linears(
     model:nn.Module,      # on its device
     emulate:bool=False,   # compute with rounded float32 where there is no float8, for tests
@@ -79,7 +79,7 @@ def float8_linears(
     config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     float8.convert_to_float8_training(model, config=config, module_filter_fn=fits)
 
-# %% ../../nbs/training/04_switches.ipynb #2eedb484
+# %% ../../nbs/training/04_switches.ipynb #e23cc4e4
 def apply_switches(
     model:nn.Module,           # on its device
     compile:str='none',        # one of `COMPILE`
