@@ -49,9 +49,11 @@ def random_images(
     classes:int=10,
 ) -> ImageSet:                 # in memory
     "Noise in place of pictures."
-    draw = np.random.default_rng(0)
-    pixels = draw.integers(0, 256, (count, *size, len(mean)), dtype=np.uint8)
-    return ImageSet('noise', pixels, np.arange(count) % classes, list(range(classes)), mean, std)
+    shape = (count, *size, len(mean))
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    labels = np.arange(count) % classes
+    names = list(range(classes))
+    return ImageSet('noise', pixels, labels, names, mean, std)
 
 def bench_step(
     model:nn.Module,       # an `MAE` or `Classifier`, on its device
@@ -68,20 +70,25 @@ def bench_step(
     "The bare training step on noise, ours and theirs in turn."
     encoder, device = get_encoder(model), device_of(model)
     imgs = torch.randn(bs, encoder.in_chans, *encoder.img_size, device=device)
-    labels = None if isinstance(model, MAE) else torch.arange(bs, device=device) % model.head.out_features
-    runs = dict(ours=train_step(model, imgs, labels, dtype=dtype, compile=compile, **switches))
+    labels = None
+    if not isinstance(model, MAE):
+        labels = torch.arange(bs, device=device) % model.head.out_features
+    common = dict(dtype=dtype, compile=compile)
+    runs = dict(ours=train_step(model, imgs, labels, **common, **switches))
     if against is not None:
-        theirs = AGAINST[pick(against, AGAINST, '`against`')](like or model)
-        runs['theirs'] = train_step(theirs, imgs, labels, dtype=dtype, compile=compile)
+        twin = AGAINST[pick(against, AGAINST, '`against`')]
+        runs['theirs'] = train_step(twin(like or model), imgs, labels, **common)
     fastest = fastest_dtype(DTYPES[dtype], device)
     if device.type == 'cpu':
         runs['products'] = products(fastest)
     times = in_turn(runs, pairs, steps, device)
-    measured = [PRODUCTS / t for t in times.pop('products', [])]
-    peaks = measured or [peak_flops(device, fastest)] * pairs
-    flops = bs * step_flops(model)
-    mfu = statistics.median(flops / t / peak for t, peak in zip(times['ours'], peaks))
-    return compare(times, bs) | dict(gflop_per_image=flops / bs / 1e9, mfu=mfu)
+    if device.type == 'cpu':
+        peaks = [PRODUCTS / t for t in times.pop('products')]
+    else:
+        peaks = [peak_flops(device, fastest)] * pairs
+    flops = step_flops(model)
+    mfus = [bs * flops / t / peak for t, peak in zip(times['ours'], peaks)]
+    return compare(times, bs) | dict(gflop_per_image=flops / 1e9, mfu=statistics.median(mfus))
 
 # %% ../../nbs/measure/01_bench.ipynb #be9c4005
 def bench_loader(
@@ -109,7 +116,7 @@ def bench_loader(
 
     return dict(ours=count * bs * dls.train.dataset.repeats / timed(run, device))
 
-# %% ../../nbs/measure/01_bench.ipynb #343675c8
+# %% ../../nbs/measure/01_bench.ipynb #0a732508
 WARM_UP = 5   # steps before the clock starts
 
 class StepClock(Callback):
@@ -133,18 +140,28 @@ def bench_learner(
 ) -> dict:           # ms a step of both, and the median of the differences
     "A fit with schedule and all callbacks against a bare loop on the same step and loader, in turn."
     encoder, device = model.encoder, device_of(model)
-    recipe = override(recipe, dict(batch_size=bs, accumulate=1, epochs=1, warmup_epochs=.1, crop_scale=(1., 1.),
-                                   flip=False, augment='none'))
-    grey = (.5,) * encoder.in_chans
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if encoder.in_chans == 3 else (grey, grey)
+    short = dict(batch_size=bs, accumulate=1, epochs=1, warmup_epochs=.1)
+    untouched = dict(crop_scale=(1., 1.), flip=False, augment='none')
+    recipe = override(recipe, short | untouched)
+    mean = std = (.5,) * encoder.in_chans
+    if encoder.in_chans == 3:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
     images = random_images(bs * (steps + WARM_UP), encoder.img_size, mean, std)
     dls = get_dls((images, None), recipe, img_size=encoder.img_size, num_workers=0, device=device)
-    turns = [(_fit_seconds(dls, model, recipe, steps), _loop_seconds(dls, model, recipe)) for _ in range(pairs)]
-    milliseconds = [(ours / steps * 1e3, theirs / steps * 1e3) for ours, theirs in turns]
-    ours, theirs = map(statistics.median, zip(*milliseconds))
-    samples = bs * recipe.repeats * 1e3
-    return dict(ours=samples / ours, theirs=samples / theirs, ratio=statistics.median(b / a for a, b in milliseconds),
-                learner_ms=ours, bare_ms=theirs, more_ms=statistics.median(a - b for a, b in milliseconds))
+    fits, loops = [], []   # ms a step
+    for _ in range(pairs):
+        fits.append(_fit_seconds(dls, model, recipe, steps) / steps * 1e3)
+        loops.append(_loop_seconds(dls, model, recipe) / steps * 1e3)
+    return _compare_learner(fits, loops, bs * recipe.repeats)
+
+def _compare_learner(fits:list[float], loops:list[float], samples:int) -> dict:
+    "Rates and differences of fits and loops in turn, from ms a step."
+    median = statistics.median
+    ratios = [loop / fit for fit, loop in zip(fits, loops)]
+    differences = [fit - loop for fit, loop in zip(fits, loops)]
+    fit, loop = median(fits), median(loops)
+    return dict(ours=samples * 1e3 / fit, theirs=samples * 1e3 / loop, ratio=median(ratios),
+                learner_ms=fit, bare_ms=loop, more_ms=median(differences))
 
 def _now(device) -> float:
     "The time, once the device has done its work."
@@ -164,11 +181,13 @@ def _loop_seconds(dls, model:MAE, recipe) -> float:
     device, images = dls.device, dls.train.dataset.images
     net = apply_switches(copy.deepcopy(model).train(), **recipe.switches)
     opt = adamw(pretrain_groups(net, recipe.weight_decay), 1e-4, recipe.betas)
-    mean, std = (torch.tensor(v, device=device) for v in (images.mean, images.std))
+    mean = torch.tensor(images.mean, device=device)
+    std = torch.tensor(images.std, device=device)
     for i, (imgs, index, _) in enumerate(dls.train):
         if i == WARM_UP:
             start = _now(device)
-        imgs, index = imgs.to(device, non_blocking=True), index.to(device, non_blocking=True)
+        imgs = imgs.to(device, non_blocking=True)
+        index = index.to(device, non_blocking=True)
         crop = torch.arange(len(index), device=device) % recipe.repeats
         noise = uniform(key(0, 0, index, 'mask', crop), net.num_patches)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
@@ -178,7 +197,7 @@ def _loop_seconds(dls, model:MAE, recipe) -> float:
         opt.zero_grad()
     return _now(device) - start
 
-# %% ../../nbs/measure/01_bench.ipynb #e354d166
+# %% ../../nbs/measure/01_bench.ipynb #5a4d640e
 def bench_save(
     model:MAE,             # on its device
     pairs:int=3,           # times
@@ -195,8 +214,10 @@ def bench_save(
     copies = {}
     with tempfile.TemporaryDirectory(dir=folder) as place:
         first, *times = [save_once(learn, copies, place) for _ in range(pairs + 1)]
-    medians = {f'{part}_seconds': statistics.median(t[part] for t in times) for part in ('copy', 'write', 'read')}
-    return dict(gb=first['gb'], first_copy_seconds=first['copy']) | medians
+    result = dict(gb=first['gb'], first_copy_seconds=first['copy'])
+    for part in ('copy', 'write', 'read'):
+        result[f'{part}_seconds'] = statistics.median(t[part] for t in times)
+    return result
 
 def save_once(
     learn,                 # as `run_state` takes it
@@ -204,11 +225,20 @@ def save_once(
     folder:str,            # for the checkpoint
 ) -> dict:                 # seconds, and GB
     "One checkpoint, step by step."
-    device, files = device_of(learn.model), []
-    copied = timed(lambda: copies.update(run_state(learn, copies)[0]), device)
-    written = timed(lambda: files.append(save_checkpoint(folder, 1, copies, {})))
-    read = timed(lambda: read_checkpoint(files[0]))
-    return dict(copy=copied, write=written, read=read, gb=files[0].stat().st_size / 1e9)
+    files = []
+
+    def copy_tensors():
+        tensors, _ = run_state(learn, copies)
+        copies.update(tensors)
+
+    def write():
+        files.append(save_checkpoint(folder, 1, copies, {}))
+
+    def read():
+        read_checkpoint(files[0])
+
+    times = dict(copy=timed(copy_tensors, device_of(learn.model)), write=timed(write), read=timed(read))
+    return times | dict(gb=files[0].stat().st_size / 1e9)
 
 # %% ../../nbs/measure/01_bench.ipynb #be9c4007
 BENCH_FIELDS = {   # fields of a recipe that change what is measured
@@ -261,11 +291,11 @@ def bench(
         'save': dict(pairs=pairs),
     }
     numbers = runs[what]()
+    about = dict(model=model, bs=bs, set=set or []) | reported[what]
     packages = (against,) if against else ()
-    return (dict(bench=what) | numbers | dict(model=model, bs=bs, set=set or []) | reported[what]
-            | machine(device, DTYPES[dtype], packages))
+    return dict(bench=what) | numbers | about | machine(device, DTYPES[dtype], packages)
 
-# %% ../../nbs/measure/01_bench.ipynb #f7364466
+# %% ../../nbs/measure/01_bench.ipynb #5fe031ef
 def _check_options(what:str, task:str, bs:int, options:dict):
     "Raise an error for a name that is unknown or an option without effect."
     pick(what, BENCH_FIELDS, 'bench')

@@ -52,7 +52,7 @@ def fit_batch(
     raise UsageError(f'the model does not fit: one image takes {least / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB: '
                      'use a smaller `model` or more `memory`')
 
-# %% ../../nbs/measure/02_plan.ipynb #a831c87f
+# %% ../../nbs/measure/02_plan.ipynb #9010096e
 def make_plan(
     model:nn.Module,     # as for `model_parts`
     recipe,              # with `epochs` and `batch_size`
@@ -69,13 +69,15 @@ def make_plan(
     **kwargs,            # of `step_memory`
 ) -> dict:
     "What a run will take, from counts and one measured rate."
-    repeats, flops = recipe.repeats, step_flops(model)
-    memory = step_memory(model, bs * repeats, accumulate=accumulate, **kwargs)
+    flops = step_flops(model)
+    memory = step_memory(model, bs * recipe.repeats, accumulate=accumulate, **kwargs)
     parts = memory._asdict() | dict(base=base)
     steps = images // recipe.batch_size * recipe.epochs
-    seen, checked = steps * recipe.batch_size * repeats, valid * recipe.epochs
+    seen = steps * recipe.batch_size * recipe.repeats
+    checked = valid * recipe.epochs
     training = seen * (1 / rate + load)
-    validation = checked * (forward_flops(model) / flops / rate + load)
+    forward = forward_flops(model) / flops   # of a step's work
+    validation = checked * (forward / rate + load)
     hours = (training + validation) / gpus / 3600
     return dict(gflop_per_image=flops / 1e9, total_eflop=seen * flops / 1e18, steps=steps, samples=seen, gpus=gpus,
                 batch_per_gpu=bs, accumulate=accumulate, images_per_second=rate * gpus,
@@ -83,7 +85,7 @@ def make_plan(
                 memory_parts_gib={name: size / 2**30 for name, size in parts.items()},
                 hours=hours, gpu_hours=hours * gpus, cost=hours * gpus * price)
 
-# %% ../../nbs/measure/02_plan.ipynb #e0d057d3
+# %% ../../nbs/measure/02_plan.ipynb #e198bd0d
 def planned_model(
     recipe,             # for pretraining, fine-tuning, or a linear probe
     name:str,           # a key of `SIZES`
@@ -118,10 +120,12 @@ def measured_rate(
     **switches,         # of `apply_switches`
 ) -> float:             # samples a second: the median step
     "How fast this machine trains the model, loader and `Learner` aside."
-    encoder, device = get_encoder(model), device_of(model)
+    device = device_of(model)
 
     def step_of(count):
-        labels = None if isinstance(model, MAE) else torch.arange(count, device=device) % 10
+        encoder, labels = get_encoder(model), None
+        if not isinstance(model, MAE):
+            labels = torch.arange(count, device=device) % 10
         imgs = torch.randn(count, encoder.in_chans, *encoder.img_size, device=device)
         return train_step(model, imgs, labels, dtype=dtype, **switches)
 
@@ -148,7 +152,7 @@ def loader_seconds(
     noise = random_images(bs * 4, size, mean, std)
     return 1 / bench_loader((noise, None), recipe, bs, size, batches=3, num_workers=0)['ours']
 
-# %% ../../nbs/measure/02_plan.ipynb #767038a9
+# %% ../../nbs/measure/02_plan.ipynb #5ca73668
 class Plan(dict):
     "What a run will take, by name; `plan_text` states it in lines."
     def __init__(self,
@@ -178,13 +182,13 @@ def plan(
 ) -> Plan:
     "What a run will take: operations, memory, hours and cost."
     chosen = recipe_from_flags(RECIPES[pick(recipe, RECIPES, 'recipe')], set, epochs, bs)
-    device, data = get_device(device), data or _data_of(recipe)
-    images, valid = (int(data), 0) if data.isdigit() else DATASETS[pick(data, DATASETS, '`data`')]
+    device = get_device(device)
+    data = data or _data_of(recipe)
+    images, valid = _images_of(data)
     _check_plan(chosen, images, data, gpus, parallel)
     given = _given_rate(rate)
     name = model or default_model(data)
-    size = {} if img_size is None else dict(img_size=img_size)
-    net = planned_model(chosen, name, 1000 if data == 'imagenet' else 10, in_chans=_channels(data), **size)
+    net = _model_for(chosen, name, data, img_size)
     here = device.type == 'cpu' and not (memory and given)   # for this machine, whose memory holds all else as well
     base = int(memory_gib(device) * 2**30) if here else 0    # before the model is made
     needs = memory_needs(chosen, here, gpus if parallel == 'fsdp' else 1)
@@ -192,21 +196,37 @@ def plan(
     share = loader_batch(override(chosen, dict(accumulate=1)), gpus)
     batch, accumulate = fit_batch(net, share, .9 * room - base, chosen.repeats, **needs)
     load = _load(chosen, data, net)
-    dtype = 'bfloat16' if needs['amp'] else 'float32'
-    pace = given or measured_rate(net.to(device), batch * chosen.repeats, dtype, **chosen.switches)
+    pace = given
+    if pace is None:
+        dtype = 'bfloat16' if chosen.amp else 'float32'
+        pace = measured_rate(net.to(device), batch * chosen.repeats, dtype, **chosen.switches)
     numbers = make_plan(net, chosen, images, valid, bs=batch, accumulate=accumulate, gpus=gpus, rate=pace, load=load,
                         base=base, price=price, **needs)
     about = dict(recipe=recipe, model=name, data=data, measured=given is None, device=str(device), parallel=parallel)
     return Plan(about | numbers, chosen, images, room, load)
 
-# %% ../../nbs/measure/02_plan.ipynb #2d17c904
+# %% ../../nbs/measure/02_plan.ipynb #d41868ff
 def _data_of(recipe:str) -> str:
     "The data set in a recipe's name, or ImageNet."
     suffix = recipe.rpartition('_')[2]
     return suffix if suffix in DATASETS else 'imagenet'
 
+def _images_of(data:str) -> tuple[int, int]:
+    "Images for training and validation of a data set, or a number of training images."
+    if data.isdigit():
+        return int(data), 0
+    return DATASETS[pick(data, DATASETS, '`data`')]
+
 def _channels(data:str) -> int:
     return 1 if data == 'fashion' else 3
+
+def _model_for(recipe, name:str, data:str, img_size:int|None) -> nn.Module:
+    "The model that a recipe trains on a data set."
+    options = dict(in_chans=_channels(data))
+    if img_size is not None:
+        options['img_size'] = img_size
+    classes = 1000 if data == 'imagenet' else 10
+    return planned_model(recipe, name, classes, **options)
 
 def _check_plan(recipe, images:int, data:str, gpus:int, parallel:str):
     "Raise an error for devices and batches that cannot be."
@@ -237,7 +257,7 @@ def _load(recipe, data:str, model:nn.Module) -> float:
         mean, std = train.mean, train.std
     return loader_seconds(recipe, get_encoder(model).img_size, mean, std)
 
-# %% ../../nbs/measure/02_plan.ipynb #8847783e
+# %% ../../nbs/measure/02_plan.ipynb #86a9c995
 def plan_text(
     plan:Plan,     # from `plan`
 ) -> str:

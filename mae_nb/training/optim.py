@@ -6,7 +6,7 @@
 __all__ = ['param_groups', 'pretrain_groups', 'layer_scale', 'finetune_groups', 'adamw', 'warmup_cosine', 'optimizer_steps',
            'Schedule', 'Accumulate', 'WeightEMA', 'lars', 'skippable']
 
-# %% ../../nbs/training/03_optim.ipynb #1c8dbf16
+# %% ../../nbs/training/03_optim.ipynb #18100e97
 import math
 from collections.abc import Callable
 
@@ -261,6 +261,11 @@ def skippable(
 
 def _moved(opt) -> list[tuple]:
     "What a step moves, each with a key: the parameters, and the optimizer's tensors for them."
-    parameters = [(p, p) for group in opt.param_groups for p in group['params']]
-    state = [((p, name), value) for p, values in opt.state.items() for name, value in values.items()]
-    return parameters + [(k, value) for k, value in state if isinstance(value, torch.Tensor)]
+    moved = []
+    for group in opt.param_groups:
+        moved += [(p, p) for p in group['params']]
+    for p, values in opt.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                moved.append(((p, name), value))
+    return moved

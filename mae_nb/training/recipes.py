@@ -35,7 +35,8 @@ def entry(
 ):
     "A recipe's field, with its source, rule and name in the metadata."
     facts = dict(source=source, rule=rule, words=words)
-    return field(default=default, metadata={k: v for k, v in facts.items() if v})
+    given = {name: value for name, value in facts.items() if value}
+    return field(default=default, metadata=given)
 
 @cache
 def describe_fields(
@@ -48,7 +49,7 @@ def describe_fields(
             described[f.name] = described.get(f.name, {}) | f.metadata
     return described
 
-# %% ../../nbs/training/01_recipes.ipynb #ad5cf054
+# %% ../../nbs/training/01_recipes.ipynb #79101e9b
 COMPILE = ('none', 'blocks', 'whole', 'graphs')   # nothing; each block by itself; the whole model; that as CUDA graphs
 
 def one_of(names:Collection[str]) -> Rule:
@@ -73,7 +74,7 @@ AREA = Rule('two shares of the area, 0 < smallest <= largest <= 1', lambda v: le
 _OPERATIONS = re.compile(r'rand(-(m|n|mstd|mmax|inc|p)\d+(\.\d+)?)+')   # timm's way to write RandAugment's options
 RANDAUGMENT = Rule("empty, or like 'rand-m9-mstd0.5-inc1'", lambda v: v == '' or bool(_OPERATIONS.fullmatch(v)))
 
-# %% ../../nbs/training/01_recipes.ipynb #0f9d13f8
+# %% ../../nbs/training/01_recipes.ipynb #fbd03a44
 def check_value(
     name:str,            # the field
     value,               # what it is to be
@@ -82,7 +83,8 @@ def check_value(
 ):
     "Raise an error for a value that no training can use."
     numbers = value if kind is tuple else (value,)
-    if kind in (tuple, float, int) and not all(map(_is_finite, numbers)):
+    numeric = kind in (tuple, float, int)
+    if numeric and not all(map(_is_finite, numbers)):
         raise UsageError(f'{name} takes finite numbers, got {str(value)[:50]!r}')
     if rule and not rule.holds(value):
         raise UsageError(f'{name} must be {rule.text}, got {value!r}')
@@ -124,8 +126,9 @@ class Recipe:
     @property
     def switches(self) -> dict:
         "The switches that are fields of this recipe, for `apply_switches`."
-        names = [f.name for f in fields(self) if f.name in SWITCHES]
-        return {name: getattr(self, name) for name in sorted(names, key=SWITCHES.index)}
+        own = [f.name for f in fields(self)]
+        names = [name for name in SWITCHES if name in own]
+        return {name: getattr(self, name) for name in names}
 
 # %% ../../nbs/training/01_recipes.ipynb #9c45be75
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class TrainedRecipe(Recipe):
         "The learning rate by the linear rule: base rate x effective batch / 256."
         return self.base_lr * effective_batch / 256
 
-# %% ../../nbs/training/01_recipes.ipynb #1dc03553
+# %% ../../nbs/training/01_recipes.ipynb #a248f7ac
 @dataclass(frozen=True)
 class PretrainRecipe(TrainedRecipe):
     "Masked pretraining (Table 8 of the paper)."
@@ -361,8 +364,9 @@ def show_recipe(
     "The recipe as a table: the paper's words, the value, its source."
     rows = [type(recipe).__doc__]
     for name, facts in describe_fields(type(recipe)).items():
-        words, value = facts.get('words', name), _printed(getattr(recipe, name))
-        rows.append(f'{words:20} {value:22} {facts.get("source", "")}')
+        words, source = facts.get('words', name), facts.get('source', '')
+        value = _printed(getattr(recipe, name))
+        rows.append(f'{words:20} {value:22} {source}')
     return '\n'.join(rows)
 
 def _printed(value) -> str:
