@@ -6,7 +6,7 @@
 __all__ = ['PRODUCTS', 'AGAINST', 'train_step', 'in_turn', 'compare', 'products', 'fastest_dtype', 'transformers_twin',
            'timm_twin']
 
-# %% ../../nbs/measure/00_pairs.ipynb #e3becdc8
+# %% ../../nbs/measure/00_pairs.ipynb #43b31991
 import statistics
 from collections.abc import Callable
 
@@ -100,7 +100,7 @@ def compare(
     ratios = [theirs / ours for ours, theirs in zip(seconds['ours'], seconds['theirs'])]
     return rates | dict(ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
 
-# %% ../../nbs/measure/00_pairs.ipynb #04e86cb1
+# %% ../../nbs/measure/00_pairs.ipynb #b2ad9735
 PRODUCTS = 10 * 2 * 1024**3   # operations of a call of `products`
 
 def products(dtype:torch.dtype=torch.float32) -> Callable:
@@ -115,7 +115,7 @@ def fastest_dtype(
     "The step's data type, or float32 where the device is faster in it."
     return max((dtype, torch.float32), key=lambda d: peak_flops(device, d))
 
-# %% ../../nbs/measure/00_pairs.ipynb #fc6c0bcb
+# %% ../../nbs/measure/00_pairs.ipynb #083604d6
 def device_of(model:nn.Module) -> torch.device:
     "Where a model's weights are."
     return next(model.parameters()).device

@@ -6,7 +6,7 @@
 __all__ = ['param_groups', 'pretrain_groups', 'layer_scale', 'finetune_groups', 'adamw', 'warmup_cosine', 'optimizer_steps',
            'Schedule', 'Accumulate', 'WeightEMA', 'lars', 'skippable']
 
-# %% ../../nbs/training/03_optim.ipynb #18100e97
+# %% ../../nbs/training/03_optim.ipynb #c2c02eb7
 import math
 from collections.abc import Callable
 
