@@ -35,7 +35,7 @@ from mae_nb.tasks.features import knn_votes
 from mae_nb.tasks.finetune import freeze_below
 from mae_nb.tasks.probes import AttentiveHead, LinearHead
 from mae_nb.training.presets import RECIPES
-from mae_nb.training.recipes import as_config, override, learning_rate
+from mae_nb.training.recipes import as_config, override
 from mae_nb.data.images import standardize
 
 PAPER = {0: 73.5, .5: 79.1, 1: 81., 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}   # Figure 9, ViT-L
@@ -176,7 +176,7 @@ def main():
     choose = ('few', np.sort(fifth[len(few) // 5:])), ('few', np.sort(fifth[:len(few) // 5]))
     rates, rows = {}, {'k-NN': [(knn_votes(one['norm'][:, 0].float(), y, last['norm'][:, 0].float(), classes).argmax(1) == ty).double().mean().item()]}
     for name, (r, run) in todo.items():
-        tried = {f * learning_rate(r, BATCH): run(f * learning_rate(r, BATCH), 0, *choose, max(2, epochs // 4)) for f in RATES}
+        tried = {f * r.learning_rate(BATCH): run(f * r.learning_rate(BATCH), 0, *choose, max(2, epochs // 4)) for f in RATES}
         rates[name] = dict(chosen=max(tried, key=tried.get), tried=tried)
         say(f'{name:15} ' + ', '.join(f'rate {k:.2g}: {v:.1%}' for k, v in tried.items()))
     for seed in seeds:

@@ -1,8 +1,10 @@
-"""What each switch gains on a CPU: images/s of a training step, all taken in turn in one process, against transformers' model of the same size.
+"""What each switch gains on a CPU: images/s of a training step, all taken in turn in one process, against transformers.
 
     python bench/switches.py [--model mae_vit_nano_patch4_32] [--bs 128] [--pairs 9] [--only NAME ...] [--json FILE]
 
-Matrix products of 1024 x 1024 take turns too: the MFU is the share of their rate in the same turn. For a GPU: bench/gpu.py.
+transformers' model has the same size. Matrix products of 1024 x 1024 take turns too: the MFU is the share of their rate
+in the same turn. bench/results/switches.json has the numbers of two calls, which the chapter `pairs` names.
+For a GPU: bench/gpu.py.
 """
 import argparse
 import json
@@ -11,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from mae_nb.base.devices import get_device
-from mae_nb.model.mae import create_mae
-from mae_nb.base.devices import machine
-from mae_nb.measure.bench import PRODUCTS, in_turn, transformers_twin, products, train_step
+from mae_nb.base.devices import get_device, machine
+from mae_nb.measure.pairs import PRODUCTS, in_turn, products, train_step, transformers_twin
 from mae_nb.model.costs import step_flops
+from mae_nb.model.mae import create_mae
 
+CROSS = dict(decoder='cross', decode_ratio=.25)
 SWITCHES = {   # row -> (options of `create_mae`, of `train_step`)
     'plain':                        ({}, {}),
     'AdamW not fused':              ({}, dict(fused=False)),
@@ -25,32 +27,67 @@ SWITCHES = {   # row -> (options of `create_mae`, of `train_step`)
     'compiled whole':               ({}, dict(compile='whole')),
     'bfloat16':                     ({}, dict(dtype='bfloat16')),
     'bfloat16, compiled whole':     ({}, dict(dtype='bfloat16', compile='whole')),
-    'cross decoder 25 %':           (dict(decoder='cross', decode_ratio=.25), {}),
-    'cross 25 %, compiled whole':   (dict(decoder='cross', decode_ratio=.25), dict(compile='whole')),
+    'cross decoder 25 %':           (CROSS, {}),
+    'cross 25 %, compiled whole':   (CROSS, dict(compile='whole')),
 }
 
-def main(words=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='mae_vit_nano_patch4_32'); p.add_argument('--bs', type=int, default=128)
-    p.add_argument('--pairs', type=int, default=9); p.add_argument('--only', nargs='+', choices=SWITCHES, default=list(SWITCHES)); p.add_argument('--json')
-    args = p.parse_args(words)
-    get_device('cpu')   # as the commands do: freed memory is kept
-    made = {k: (create_mae(args.model, **SWITCHES[k][0]), SWITCHES[k][1]) for k in args.only}
-    size = create_mae(args.model)
-    imgs = torch.randn(args.bs, 3, *size.encoder.img_size)
-    runs = dict(transformers=train_step(transformers_twin(size), imgs)) | {k: train_step(m, imgs, **options) for k, (m, options) in made.items()}
-    times = in_turn(runs | dict(products=products()), args.pairs)
-    median, peaks, theirs = statistics.median, [PRODUCTS / t for t in times.pop('products')], times['transformers']
-    rows = {}
-    for k, seconds in times.items():
-        flops = step_flops(made[k][0] if k in made else size)
-        ratios = [t / s for t, s in zip(theirs, seconds)]
-        rows[k] = dict(images_per_second=args.bs / median(seconds), ratio=median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), gflop_per_image=flops / 1e9,
-                       mfu=median(args.bs * flops / s / peak for s, peak in zip(seconds, peaks)))
-    told = machine(packages=('transformers',))
-    print('| | images/s | of transformers | (range) | GFLOP an image | MFU |\n|---|---|---|---|---|---|')
-    for k, r in rows.items(): print(f"| {k} | {r['images_per_second']:,.3g} | {r['ratio']:.2f} | {r['ratio_min']:.2f}-{r['ratio_max']:.2f} | {r['gflop_per_image']:.3g} | {r['mfu']:.0%} |")
-    print(f"\n{args.model}, {args.bs} images; {told['device_name']}, {told['threads']} threads, matrix products at {median(peaks) / 1e9:.0f} GFLOPS, torch {told['versions']['torch']}")
-    if args.json: Path(args.json).write_text(json.dumps(dict(rows=rows, model=args.model, bs=args.bs, pairs=args.pairs) | told, indent=1) + '\n')
+def parse(words):
+    "The command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='mae_vit_nano_patch4_32')
+    parser.add_argument('--bs', type=int, default=128)
+    parser.add_argument('--pairs', type=int, default=9)
+    parser.add_argument('--only', nargs='+', choices=SWITCHES, default=list(SWITCHES))
+    parser.add_argument('--json')
+    return parser.parse_args(words)
 
-if __name__ == '__main__': main()
+def steps_of(name, bs, only):
+    "The models by row, and a step for each; transformers' first."
+    theirs = create_mae(name)
+    models = dict(transformers=theirs)
+    imgs = torch.randn(bs, theirs.encoder.in_chans, *theirs.encoder.img_size)
+    steps = dict(transformers=train_step(transformers_twin(theirs), imgs))
+    for row in only:
+        model_options, step_options = SWITCHES[row]
+        models[row] = create_mae(name, **model_options)
+        steps[row] = train_step(models[row], imgs, **step_options)
+    return models, steps
+
+def measure(models, steps, bs, pairs):
+    "The rows of the table, and the rate of matrix products."
+    times = in_turn(steps | dict(products=products()), pairs)
+    peaks = [PRODUCTS / t for t in times.pop('products')]
+    rows = {}
+    for row, seconds in times.items():
+        flops = step_flops(models[row])
+        ratios = [theirs / ours for theirs, ours in zip(times['transformers'], seconds)]
+        mfus = [bs * flops / s / peak for s, peak in zip(seconds, peaks)]
+        rows[row] = dict(images_per_second=bs / statistics.median(seconds), ratio=statistics.median(ratios),
+                         ratio_min=min(ratios), ratio_max=max(ratios), gflop_per_image=flops / 1e9,
+                         mfu=statistics.median(mfus))
+    return rows, statistics.median(peaks)
+
+def table(rows):
+    "The rows as Markdown."
+    lines = ['| | images/s | of transformers | (range) | GFLOP an image | MFU |', '|---|---|---|---|---|---|']
+    for name, r in rows.items():
+        spread = f"{r['ratio_min']:.2f}-{r['ratio_max']:.2f}"
+        lines.append(f"| {name} | {r['images_per_second']:,.3g} | {r['ratio']:.2f} | {spread} | "
+                     f"{r['gflop_per_image']:.3g} | {r['mfu']:.0%} |")
+    return '\n'.join(lines)
+
+def main(words=None):
+    args = parse(words)
+    get_device('cpu')   # as the commands do: freed memory is kept
+    models, steps = steps_of(args.model, args.bs, args.only)
+    rows, rate = measure(models, steps, args.bs, args.pairs)
+    about = machine(packages=('transformers',))
+    print(table(rows))
+    print(f"\n{args.model}, {args.bs} images; {about['device_name']}, {about['threads']} threads, "
+          f"matrix products at {rate / 1e9:.0f} GFLOPS, torch {about['versions']['torch']}")
+    if args.json:
+        result = dict(rows=rows, model=args.model, bs=args.bs, pairs=args.pairs) | about
+        Path(args.json).write_text(json.dumps(result, indent=1) + '\n')
+
+if __name__ == '__main__':
+    main()

@@ -57,6 +57,7 @@ from .tasks.features import *
 from .tasks.probes import *
 from .tasks.demo import *
 from .tasks.replay import *
+from .measure.pairs import *
 from .measure.bench import *
 from .measure.plan import *
 from .commands import *

@@ -34,10 +34,6 @@ from .data.datasets import SOURCES, load_source, packable_parts
 from .data.images import IMAGENET_MEAN, IMAGENET_STD, read_image, read_or_explain, standardize
 from .data.loader import loader_batch
 from .data.shards import check_shards, pack, read_index
-from .measure.bench import BENCH_FIELDS, bench_learner, bench_loader, bench_save, bench_step
-from mae_nb.measure.plan import (
-    DATASETS, fit_batch, loader_seconds, make_plan, measured_rate, memory_needs, plan_text, planned_model,
-)
 from .model.classifier import create_classifier
 from .model.mae import SIZES, create_mae
 from .tasks.demo import compare_features, draw_table
@@ -49,7 +45,7 @@ from .tasks.visualize import save_reconstructions, show_reconstructions
 from .training.checkpoints import Checkpoints, Terminated, raise_terminated
 from .training.distributed import PARALLEL
 from .training.presets import RECIPES, default_model, recipe_from_flags
-from .training.recipes import SWITCHES, mae_options, override, switches_of
+from .training.recipes import mae_options, override
 from .training.runs import flags_of, next_run, read_command, report_run, write_json
 from .training.switches import DTYPES
 from .weights.building import classifier_from, load_mae
@@ -102,27 +98,9 @@ def mae_bench(
 ):
     "Measure the training step, the loader, the Learner or saving on this machine."
     with command(mae_bench, debug):
-        pick(what, BENCH_FIELDS, 'bench'); pick(task, ('pretrain', 'finetune'), '--task')
-        if bs < 1: raise ValueError(f'--bs must be at least 1, got {bs}')
-        for flag, given, home in (('--against', against, 'step'), ('--task', task != 'pretrain', 'step'), ('--num-workers', num_workers is not None, 'loader'), ('--decode', decode != 'cpu', 'loader'), ('--folder', folder is not None, 'save')):
-            if given and what != home: raise ValueError(f'{flag} has no meaning for {what}, only for {home}')
-        device, recipe = get_device(device), override(RECIPES[task], set or ())
-        dtype = pick(dtype or ('float32' if device.type == 'cpu' else 'bfloat16'), DTYPES, '--dtype')
-        fields = BENCH_FIELDS[what] if task == 'pretrain' else SWITCHES
-        if other := [s for s in set or () if s.partition('=')[0].strip() not in fields]:
-            raise ValueError(f'--set {other[0]} has no meaning for {what}{" --task finetune" * (task != "pretrain")}, only {", ".join(fields)}')
-        if task == 'finetune': net = create_classifier(model, 1000, 'cls' if against == 'transformers' else 'avg')
-        else: net = create_mae(model, **mae_options(recipe))
-        like = create_mae(model, **mae_options(override(recipe, dict(decoder='self', decode_ratio=1.)))).to(device) if getattr(net, 'partial', False) else None   # they have the paper's decoder
-        net = net.to(device)
-        if what == 'step': found = bench_step(net, bs, against, like, pairs=pairs, steps=steps, dtype=dtype, **switches_of(recipe))
-        if what == 'loader': found = bench_loader(load_source(data), recipe, bs, net.encoder.img_size, batches=steps or 30, num_workers=num_workers, device=device, decode=decode)
-        if what == 'learner': found = bench_learner(net, override(recipe, dict(amp=dtype == 'bfloat16')), bs, pairs=pairs, steps=steps or 30)
-        if what == 'save': found = bench_save(net, pairs, folder)
-        used = dict(step=dict(task=task, against=against, dtype=dtype, pairs=pairs), loader=dict(data=data, decode=decode), learner=dict(dtype=dtype, pairs=pairs), save=dict(pairs=pairs))[what]
-        result = dict(bench=what) | found | dict(model=model, bs=bs, set=set or []) | used | machine(device, DTYPES[dtype], (against,) if against else ())
-        for k, v in found.items(): print(f'{k:16} {v:.4g}')
-        print(f"{result['device_name']}, {result['threads']} threads, matrix products at {result['matmul_gflops']:.0f} GFLOP a second")
+        from mae_nb.measure.bench import bench, bench_text
+        result = bench(what, against, task, model, data, set, bs, steps, pairs, dtype, num_workers, decode, folder, device)
+        print(bench_text(result))
         write_json(result, json)
         return None if is_cli(mae_bench) else result
 
@@ -147,31 +125,9 @@ def mae_plan(
 ):
     "Tell what a run will take: operations, memory, hours and cost."
     with command(mae_plan, debug):
-        r, device = recipe_from_flags(RECIPES[pick(recipe, RECIPES, 'recipe')], set, epochs, bs), get_device(device)
-        suffix = recipe.rpartition('_')[2]
-        data = data or (suffix if suffix in DATASETS else 'imagenet')
-        images, valid = (int(data), 0) if data.isdigit() else DATASETS[pick(data, DATASETS, '--data')]
-        if gpus < 1: raise ValueError(f'--gpus must be at least 1, got {gpus}')
-        if pick(parallel, PARALLEL, '--parallel') != 'ddp' and gpus == 1: raise ValueError(f'--parallel {parallel} has no meaning with one device: add --gpus')
-        if r.batch_size > images: raise ValueError(f'a batch of {r.batch_size} is larger than the {images} images of --data {data}: use --bs {images} or less')
-        if rate != 'auto' and not (rate.replace('.', '', 1).isdigit() and float(rate) > 0): raise ValueError(f'--rate takes auto or a number of samples a second, got {rate}')
-        beside = device.type == 'cpu' and not (memory and rate != 'auto')   # the plan is for this machine, whose memory holds all else as well
-        base = int(memory_gib(device) * 2**30) if beside else 0   # before the model is there
-        name = model or default_model(data)
-        grey = data == 'fashion'
-        net = planned_model(r, name, 1000 if data == 'imagenet' else 10, in_chans=1 if grey else 3, **({} if img_size is None else dict(img_size=img_size)))
-        needs = memory_needs(r, beside, gpus if parallel == 'fsdp' else 1)
-        room = memory * 2**30 if memory else device_memory(device)
-        batch, accumulate = fit_batch(net, loader_batch(override(r, dict(accumulate=1)), gpus), .9 * room - base, getattr(r, 'repeats', 1), **needs)
-        load = 0.
-        if data in SOURCES:   # small and in memory: the main process crops
-            train, encoder = load_source('fashion')[0], getattr(net, 'encoder', net)
-            load = loader_seconds(r, encoder.img_size, *((train.mean, train.std) if grey else (IMAGENET_MEAN, IMAGENET_STD)))
-        dtype = 'bfloat16' if needs['amp'] else 'float32'
-        pace = measured_rate(net.to(device), batch * getattr(r, 'repeats', 1), dtype, **switches_of(r)) if rate == 'auto' else float(rate)
-        plan = make_plan(net, r, images, valid, bs=batch, accumulate=accumulate, gpus=gpus, rate=pace, load=load, base=base, price=price, **needs)
-        result = dict(recipe=recipe, model=name, data=data, measured=rate == 'auto', device=str(device), parallel=parallel) | plan
-        print(f'{recipe} of {name} on {images:,} images of {data}, {r.epochs} epochs\n' + plan_text(result, r, room, load))
+        from mae_nb.measure.plan import plan, plan_text
+        result = plan(recipe, model, data, img_size, gpus, parallel, rate, memory, price, set, epochs, bs, device)
+        print(plan_text(result))
         write_json(result, json)
         return None if is_cli(mae_plan) else result
 

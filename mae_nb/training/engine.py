@@ -30,7 +30,7 @@ from .distributed import PARALLEL
 from .guard import Guard
 from .optim import Accumulate, Schedule, WeightEMA, adamw, warmup_cosine
 from .progress import Pace, Progress
-from .recipes import as_config, learning_rate, switches_of
+from .recipes import as_config
 from .runs import RunWriter
 from .switches import DTYPES, apply_switches
 
@@ -143,11 +143,11 @@ class TaskLearner(Learner):
         self.begin_at, self.train_iter, self.waited = (0, 0), 0, 0.   # (epoch, batch); batches; seconds for data
         self.signals, self.known, self.listeners = StopSignals(), [], {}
         self.batches_per_step, self.batch = recipe.accumulate, images_per_step(dls, recipe)
-        self.base_rate = learning_rate(recipe, self.batch)
+        self.base_rate = recipe.learning_rate(self.batch)
         if out is not None:
             for dl in dls.loaders:
                 dl.record = Path(out)/'bad_samples.csv'
-        model = apply_switches(model.to(dls.device), **switches_of(recipe))
+        model = apply_switches(model.to(dls.device), **recipe.switches)
         own = [*_basic_callbacks(dls, model, recipe, out),
                *_recipe_callbacks(recipe),
                *_folder_callbacks(out, save_every, keep, if_full),

@@ -6,7 +6,7 @@
 __all__ = ['param_groups', 'pretrain_groups', 'layer_scale', 'finetune_groups', 'adamw', 'warmup_cosine', 'optimizer_steps',
            'Schedule', 'Accumulate', 'WeightEMA', 'lars', 'skippable']
 
-# %% ../../nbs/training/03_optim.ipynb #c864aac7
+# %% ../../nbs/training/03_optim.ipynb #c2c02eb7
 import math
 from collections.abc import Callable
 
@@ -14,24 +14,30 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.optimizer import OptimWrapper
 from torch import nn
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..base.errors import UsageError
 
 # %% ../../nbs/training/03_optim.ipynb #468941ae
 def param_groups(
     model:nn.Module,                # parameters without gradient are left out
-    weight_decay:float,             # for parameters that `no_decay` lets pass
-    no_decay:Callable,              # (name, parameter) -> bool
+    weight_decay:float,             # of the parameters that decay
+    no_decay:Callable,              # (name, parameter) -> whether it is spared
     scale:Callable=lambda name: 1., # name -> factor on the learning rate
 ) -> list[dict]:                    # groups for a torch optimizer, with `lr_scale` and the parameters' `names`
-    "Parameters sorted by learning-rate scale and weight decay."
+    "Parameters sorted by learning-rate scale and weight decay; an error if a weight decay reaches none of them."
     groups = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        wd, s = 0. if no_decay(name, p) else weight_decay, scale(name)
-        g = groups.setdefault((s, wd), dict(params=[], weight_decay=wd, lr_scale=s, names=[]))
-        g['params'].append(p); g['names'].append(name)
-    if groups and weight_decay and not any(wd for _, wd in groups): raise ValueError(f'weight_decay={weight_decay:g} matches no parameter: set it to 0')
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0. if no_decay(name, parameter) else weight_decay
+        factor = scale(name)
+        empty = dict(params=[], weight_decay=decay, lr_scale=factor, names=[])
+        group = groups.setdefault((factor, decay), empty)
+        group['params'].append(parameter)
+        group['names'].append(name)
+    if groups and weight_decay and not any(decay for _, decay in groups):
+        raise UsageError(f'weight_decay={weight_decay:g} matches no parameter: set it to 0')
     return list(groups.values())
 
 # %% ../../nbs/training/03_optim.ipynb #999dbae6
@@ -46,24 +52,34 @@ def pretrain_groups(
 def layer_scale(
     name:str,     # a classifier's parameter
     depth:int,    # number of blocks
-    decay:float,  # factor from one layer to the one below
+    decay:float,  # factor from one layer to the one below, in (0, 1]
 ) -> float:
     "Layer-wise decay: 1 for the head, `decay` for the last block, down to `decay**(depth+1)` for the embedding."
-    if name.startswith(('cls_token', 'pos_embed', 'patch_embed.')): layer = 0
-    elif name.startswith('blocks.'): layer = int(name.split('.')[1]) + 1
-    else: layer = depth + 1
+    if name.startswith(('cls_token', 'pos_embed', 'patch_embed.')):
+        layer = 0
+    elif name.startswith('blocks.'):
+        layer = int(name.split('.')[1]) + 1
+    else:
+        layer = depth + 1
     return decay ** (depth + 1 - layer)
 
 # %% ../../nbs/training/03_optim.ipynb #bf7a025a
 def finetune_groups(
     model:nn.Module,          # a `Classifier`
     weight_decay:float,       # for matrices
-    layer_decay:float=1.,     # factor from one layer to the one below; 1 = none
+    layer_decay:float=1.,     # factor from one layer to the one below, in (0, 1]; 1 = none
 ) -> list[dict]:
     "Groups for fine-tuning: layer-wise decay; no weight decay for 1-D parameters, class token and positions."
-    groups = param_groups(model, weight_decay, lambda name, p: p.ndim <= 1 or name in ('cls_token', 'pos_embed'),
-                          lambda name: layer_scale(name, len(model.blocks), layer_decay))
-    if groups and layer_decay != 1 and all(g['lr_scale'] == 1 for g in groups): raise ValueError(f'layer_decay={layer_decay:g} matches no parameter, only head and last norm are trained: set it to 1')
+    def no_decay(name, parameter):
+        return parameter.ndim <= 1 or name in ('cls_token', 'pos_embed')
+
+    def scale(name):
+        return layer_scale(name, len(model.blocks), layer_decay)
+
+    groups = param_groups(model, weight_decay, no_decay, scale)
+    if groups and layer_decay != 1 and all(g['lr_scale'] == 1 for g in groups):
+        raise UsageError(f'layer_decay={layer_decay:g} matches no parameter, only head and last norm are trained: '
+                         'set it to 1')
     return groups
 
 # %% ../../nbs/training/03_optim.ipynb #9f6ce067
@@ -74,8 +90,10 @@ def adamw(
 ) -> OptimWrapper:
     "torch's fused AdamW in fastai's wrapper, each group at its own rate from the start."
     groups = list(groups)
-    if not groups: raise ValueError('no parameter to train: every one is frozen')
-    for g in groups: g['lr'] = lr * g['lr_scale']
+    if not groups:
+        raise UsageError('no parameter to train: every one is frozen')
+    for group in groups:
+        group['lr'] = lr * group['lr_scale']
     return OptimWrapper(groups, torch.optim.AdamW, convert_groups=False, lr=lr, betas=tuple(betas), fused=True)
 
 # %% ../../nbs/training/03_optim.ipynb #5854490d
@@ -87,8 +105,10 @@ def warmup_cosine(
     min_lr:float=0.,  # where the cosine ends
 ) -> float:
     "Linear warm-up from 0, then half a cosine, step by step."
-    if step < warmup: return lr * step / warmup
-    return min_lr + (lr - min_lr) * .5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    if step < warmup:
+        return lr * step / warmup
+    progress = math.pi * (step - warmup) / max(total - warmup, 1)
+    return min_lr + (lr - min_lr) * .5 * (1 + math.cos(progress))
 
 # %% ../../nbs/training/03_optim.ipynb #81aaa9fc
 def optimizer_steps(
@@ -96,97 +116,156 @@ def optimizer_steps(
     per_epoch:int,     # batches of an epoch
     accumulate:int=1,  # batches for one step
 ) -> int:
-    "Optimizer steps taken after so many batches; an epoch's leftovers make a step of their own."
+    "Optimizer steps taken after so many batches; an epoch's remaining batches make a step of their own."
     epochs, rest = divmod(batches, per_epoch)
-    return epochs * -(-per_epoch // accumulate) + rest // accumulate
+    steps_per_epoch = -(-per_epoch // accumulate)   # rounded up
+    return epochs * steps_per_epoch + rest // accumulate
 
 # %% ../../nbs/training/03_optim.ipynb #b5f39348
 class Schedule(Callback):
     "Set each group's learning rate before each step."
     order, run_valid = 10, False
+
     def __init__(self,
         lr_at:Callable,    # (step, total steps) -> learning rate before `lr_scale`
         accumulate:int=1,  # batches for one step
-    ): self.lr_at, self.accumulate = lr_at, accumulate
+    ):
+        self.lr_at, self.accumulate = lr_at, accumulate
 
     def before_batch(self):
-        step, total = (optimizer_steps(i, len(self.dls.train), self.accumulate) for i in (self.train_iter, self.n_epoch * len(self.dls.train)))
+        per_epoch = len(self.dls.train)
+        step = optimizer_steps(self.train_iter, per_epoch, self.accumulate)
+        total = optimizer_steps(self.n_epoch * per_epoch, per_epoch, self.accumulate)
         lr = self.lr_at(step, total)
-        for g in self.opt.opt.param_groups: g['lr'] = lr * g['lr_scale']
+        for group in self.opt.opt.param_groups:
+            group['lr'] = lr * group['lr_scale']
 
 # %% ../../nbs/training/03_optim.ipynb #57e7716d
 class Accumulate(Callback):
-    "One optimizer step for several batches, each sample with the same weight; an epoch's leftovers make a last, smaller step."
+    "One optimizer step for several batches, each sample with the same weight; an epoch's remainder makes a step, too."
     order, run_valid = 9, False   # before clipping
+
     def __init__(self,
         batches:int,  # batches for one step
-    ): self.batches, self.samples = batches, 0
+    ):
+        self.batches, self.samples = batches, 0
 
-    def before_train(self): self.samples = 0
+    def before_train(self):
+        self.samples = 0
+
     def after_loss(self):
-        self.samples += len(self.xb[0])
-        self.learn.loss_grad = self.loss_grad * len(self.xb[0])
+        count = len(self.xb[0])
+        self.samples += count
+        self.learn.loss_grad = self.loss_grad * count
 
     def before_step(self):
-        if (self.iter + 1) % self.batches and self.iter + 1 < self.n_iter: raise CancelBatchException()   # go on adding up
-        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], self.samples)
+        done = self.iter + 1
+        if done % self.batches and done < self.n_iter:
+            raise CancelBatchException()   # more batches to add
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, self.samples)
         self.samples = 0
 
 # %% ../../nbs/training/03_optim.ipynb #57b0e19f
 class WeightEMA(Callback):
     "Keep a moving average of the weights, and evaluate with it."
-    order = -12   # the model is exchanged before fastai tells it that it is evaluated
+    order = -12   # the model is exchanged before fastai puts it in evaluation mode
+
     def __init__(self,
         decay:float,  # share that the average keeps in a step, in (0, 1)
-    ): self.decay, self.average, self.trained = decay, None, None
+    ):
+        self.decay, self.average, self.trained = decay, None, None
 
     def begin(self, model:nn.Module):
-        if self.average is None: self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-    def before_fit(self): self.begin(self.model)
+        "Start the average at a model's weights, unless a checkpoint has started it."
+        if self.average is None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+
+    def before_fit(self):
+        self.begin(self.model)
 
     @torch.no_grad()
     def after_step(self):
-        pairs = [(a, p) for a, p in zip(self.average.module.parameters(), self.model.parameters(), strict=True) if p.requires_grad]
-        self.average.multi_avg_fn(*map(list, zip(*pairs)), None)
-        for a, b in zip(self.average.module.buffers(), self.model.buffers(), strict=True): a.copy_(b)
+        average = self.average.module
+        pairs = zip(average.parameters(), self.model.parameters(), strict=True)
+        averages, weights = zip(*[(a, p) for a, p in pairs if p.requires_grad])
+        self.average.multi_avg_fn(list(averages), list(weights), None)
+        for a, b in zip(average.buffers(), self.model.buffers(), strict=True):
+            a.copy_(b)
 
-    def run_tensors(self) -> dict: return self.average.module.state_dict()   # for a checkpoint
-    def load_run_tensors(self, tensors:dict): set_model_state_dict(self.average.module, tensors, options=StateDictOptions(full_state_dict=True))
+    def run_tensors(self) -> dict:
+        "The average, for a checkpoint."
+        return self.average.module.state_dict()
+
+    def load_run_tensors(self, tensors:dict):
+        "The average from a checkpoint, also where each process holds a part of the model."
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        set_model_state_dict(self.average.module, tensors, options=StateDictOptions(full_state_dict=True))
 
     def before_validate(self):
-        if self.average is not None: self.learn.model, self.trained = self.average.module, self.model
+        if self.average is not None:
+            self.learn.model, self.trained = self.average.module, self.model
 
     def after_validate(self):
-        if self.trained is not None: self.learn.model, self.trained = self.trained, None
+        if self.trained is not None:
+            self.learn.model, self.trained = self.trained, None
+
     close = after_validate   # an error in the evaluation must not leave the average in the model's place
 
 # %% ../../nbs/training/03_optim.ipynb #c8efa79a
 def lars(
     groups:list[dict],   # from `param_groups`
     lr:float,            # before each group's `lr_scale`
-    momentum:float=.9,
+    momentum:float=.9,   # share of the last step that goes into the next, in [0, 1)
 ) -> OptimWrapper:
-    "timm's LARS as the official code has it: matrices are adapted and decay, 1-D parameters neither."
-    from timm.optim import Lars   # timm is slow to import
-    split = []
-    for g in groups:
-        for matrix in (True, False):
-            mine = [(p, n) for p, n in zip(g['params'], g['names']) if (p.ndim > 1) == matrix]
-            if mine: split.append(g | dict(params=[p for p, _ in mine], names=[n for _, n in mine], lr=lr * g['lr_scale'], always_adapt=matrix,
-                                           weight_decay=g['weight_decay'] if matrix else 0.))
-    if not split: raise ValueError('no parameter to train: every one is frozen')
+    "timm's LARS as the official code has it: matrices are rescaled and decay, 1-D parameters neither."
+    from timm.optim import Lars
+    split = [part for group in groups for part in _by_dimension(group, lr)]
+    if not split:
+        raise UsageError('no parameter to train: every one is frozen')
     return OptimWrapper(split, Lars, convert_groups=False, lr=lr, momentum=momentum)
+
+def _by_dimension(group:dict, lr:float) -> list[dict]:
+    "A group as one of matrices and one of 1-D parameters, as far as it has both."
+    parts = []
+    for matrix in (True, False):
+        members = [(p, n) for p, n in zip(group['params'], group['names']) if (p.ndim > 1) == matrix]
+        if not members:
+            continue
+        params, names = map(list, zip(*members))
+        decay = group['weight_decay'] if matrix else 0.
+        parts.append(group | dict(params=params, names=names, lr=lr * group['lr_scale'], always_adapt=matrix,
+                                  weight_decay=decay))
+    return parts
 
 # %% ../../nbs/training/03_optim.ipynb #2f1ac001
 def skippable(
     opt:torch.optim.Optimizer,  # changed in place
 ):
-    "Let `opt.found_inf`, 1 to skip, hold for any optimizer as it does for torch's fused ones: on the device, without asking it."
-    if getattr(opt, '_step_supports_amp_scaling', False) or hasattr(opt, 'found_inf'): return
+    "Let `opt.found_inf`, 1 to skip, hold for any optimizer as for torch's fused ones: read on the device alone."
+    if getattr(opt, '_step_supports_amp_scaling', False) or hasattr(opt, 'found_inf'):
+        return
     opt.found_inf = torch.zeros(())
-    moved = lambda: [(p, p) for g in opt.param_groups for p in g['params']] + [((p, k), v) for p, s in opt.state.items() for k, v in s.items() if isinstance(v, torch.Tensor)]
-    def keep(opt, *_): opt.before = {k: v.detach().clone() for k, v in moved()}
+
+    def keep(opt, *_):
+        opt.before = {k: v.detach().clone() for k, v in _moved(opt)}
+
     @torch.no_grad()
     def restore(opt, *_):
-        for k, v in moved(): v.copy_(torch.where(opt.found_inf.to(v.device) > 0, opt.before.get(k, torch.zeros_like(v)), v))
-    opt.register_step_pre_hook(keep); opt.register_step_post_hook(restore)
+        for k, v in _moved(opt):
+            before = opt.before.get(k, torch.zeros_like(v))
+            v.copy_(torch.where(opt.found_inf.to(v.device) > 0, before, v))
+
+    opt.register_step_pre_hook(keep)
+    opt.register_step_post_hook(restore)
+
+def _moved(opt) -> list[tuple]:
+    "What a step moves, each with a key: the parameters, and the optimizer's tensors for them."
+    moved = []
+    for group in opt.param_groups:
+        moved += [(p, p) for p in group['params']]
+    for p, values in opt.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                moved.append(((p, name), value))
+    return moved

@@ -11,16 +11,16 @@ from mae_nb.training.recipes import (
 )
 
 # %% ../../nbs/training/02_presets.ipynb #cf4a5c67
-_PLAIN = dict(randaugment='', mixup=0., cutmix=0., erase=0., amp=False)   # what small models on few images can do without
+_PAPER = dict(min_lr=0., pool='cls', erase=0.)   # where the paper's fine-tuning differs from its code
 
 RECIPES = {
     'pretrain': PretrainRecipe(),
-    'pretrain_1600': PretrainRecipe(epochs=1600),                  # the headline models
-    'pretrain_ablation': PretrainRecipe(target='pixels'),          # section 4.1
+    'pretrain_1600': PretrainRecipe(epochs=1600),                # the headline models
+    'pretrain_ablation': PretrainRecipe(target='pixels'),        # section 4.1
     'finetune': FinetuneRecipe(),
-    'finetune_paper_b': FinetuneRecipe(min_lr=0., pool='cls', erase=0.),
-    'finetune_paper_l': FinetuneRecipe(epochs=50, min_lr=0., pool='cls', erase=0.),
-    'finetune_paper_h': FinetuneRecipe(epochs=50, drop_path=.2, min_lr=0., pool='cls', erase=0.),
+    'finetune_paper_b': FinetuneRecipe(**_PAPER),
+    'finetune_paper_l': FinetuneRecipe(epochs=50, **_PAPER),
+    'finetune_paper_h': FinetuneRecipe(epochs=50, drop_path=.2, **_PAPER),
     'finetune_code_b': FinetuneRecipe(base_lr=5e-4, layer_decay=.65),
     'finetune_code_l': FinetuneRecipe(epochs=50, drop_path=.2),
     'finetune_code_h': FinetuneRecipe(epochs=50, drop_path=.3),
@@ -29,7 +29,7 @@ RECIPES = {
     'scratch_l': ScratchRecipe(epochs=200, drop_path=.2),
     'scratch_h': ScratchRecipe(epochs=200, drop_path=.2),
     'linear': LinearRecipe(),
-    'linear_paper': LinearRecipe(),                                # for B, L and H alike
+    'linear_paper': LinearRecipe(),                              # for B, L and H alike
     'linear_code_b': LinearRecipe(),
     'linear_code_l': LinearRecipe(epochs=50),
     'linear_code_h': LinearRecipe(epochs=50),
@@ -37,24 +37,33 @@ RECIPES = {
     'partial_100': PartialRecipe(epochs=100),
     'partial_200': PartialRecipe(epochs=200),
     'attentive': AttentiveRecipe(),
-    'attentive_l': AttentiveRecipe(queries=16),                    # one query a head, as for B
+    'attentive_l': AttentiveRecipe(queries=16),                  # one query a head, as for B
     'attentive_h': AttentiveRecipe(queries=16),
     'knn': KnnRecipe(),
-    # small models on small images, tuned for two CPU cores
-    'pretrain_fashion': PretrainRecipe(epochs=25, warmup_epochs=2.5, batch_size=128, base_lr=4e-3, target='pixels', crop_scale=(1., 1.), amp=False),
-    'pretrain_cifar10': PretrainRecipe(epochs=12, warmup_epochs=1.2, batch_size=128, base_lr=4e-3, target='pixels', crop_scale=(1., 1.), amp=False),
-    'finetune_fashion': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=1e-2, drop_path=0., crop_scale=(.7, 1.), **_PLAIN),
-    'scratch_fashion': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=5e-3, drop_path=0., layer_decay=1., crop_scale=(.7, 1.), **_PLAIN),
-    'finetune_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=1e-2, drop_path=0., crop_scale=(.7, 1.), **_PLAIN),
-    'scratch_cifar10': FinetuneRecipe(epochs=40, warmup_epochs=4, batch_size=50, base_lr=5e-3, drop_path=0., layer_decay=1., crop_scale=(.7, 1.), **_PLAIN),
 }
-RECIPES |= {f'{task}_{data}': recipe for data in ('fashion', 'cifar10') for task, recipe in dict(
-    linear=LinearRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=40., crop_scale=(.7, 1.), amp=False),
-    partial=PartialRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=1e-2, drop_path=0., crop_scale=(.7, 1.), **_PLAIN),
-    attentive=AttentiveRecipe(epochs=20, warmup_epochs=2, batch_size=128, base_lr=2e-2, queries=8, crop_scale=(.7, 1.), amp=False)).items()}
+
+# %% ../../nbs/training/02_presets.ipynb #f2b5a099
+_PLAIN = dict(randaugment='', mixup=0., cutmix=0., erase=0., amp=False)   # small models on few images do without
+_SMALL_TUNE = dict(epochs=40, warmup_epochs=4, batch_size=50, drop_path=0., crop_scale=(.7, 1.), **_PLAIN)
+_SMALL_PROBE = dict(epochs=20, warmup_epochs=2, batch_size=128, crop_scale=(.7, 1.))
+
+def _small_pretrain(epochs:int) -> PretrainRecipe:
+    "Pretraining on small images, a tenth of it warm-up."
+    return PretrainRecipe(epochs=epochs, warmup_epochs=epochs / 10, batch_size=128, base_lr=4e-3, target='pixels',
+                          crop_scale=(1., 1.), amp=False)
+
+RECIPES['pretrain_fashion'] = _small_pretrain(25)
+RECIPES['pretrain_cifar10'] = _small_pretrain(12)
+for _data in ('fashion', 'cifar10'):
+    RECIPES[f'finetune_{_data}'] = FinetuneRecipe(base_lr=1e-2, **_SMALL_TUNE)
+    RECIPES[f'scratch_{_data}'] = FinetuneRecipe(base_lr=5e-3, layer_decay=1., **_SMALL_TUNE)
+for _data in ('fashion', 'cifar10'):
+    RECIPES[f'linear_{_data}'] = LinearRecipe(base_lr=40., amp=False, **_SMALL_PROBE)
+    RECIPES[f'partial_{_data}'] = PartialRecipe(base_lr=1e-2, drop_path=0., **_SMALL_PROBE, **_PLAIN)
+    RECIPES[f'attentive_{_data}'] = AttentiveRecipe(base_lr=2e-2, queries=8, amp=False, **_SMALL_PROBE)
 
 # %% ../../nbs/training/02_presets.ipynb #9605fcbe
-DEFAULT_MODELS = {'fashion': 'mae_vit_nano_patch4_28', 'cifar10': 'mae_vit_nano_patch4_32'}   # a folder: the paper's base
+DEFAULT_MODELS = {'fashion': 'mae_vit_nano_patch4_28', 'cifar10': 'mae_vit_nano_patch4_32'}
 
 def default_model(
     data:str,  # a data set's name or a folder
@@ -66,11 +75,18 @@ def default_recipe(
     data:str,             # a data set's name or a folder
     task:str='pretrain',  # or finetune, scratch, linear, partial, attentive, knn
 ) -> str:
-    "The recipe for a data set: its own, or the paper's."
+    "The recipe's name for a data set: its own, or the paper's."
     own = f'{task}_{data}'
     return own if own in RECIPES else task
 
 # %% ../../nbs/training/02_presets.ipynb #31365e9f
-def recipe_from_flags(recipe, settings=None, epochs=None, bs=None):
-    "The recipe with what the command line changed; `--bs` is the effective batch."
-    return override(override(recipe, settings or ()), {k: v for k, v in (('epochs', epochs), ('batch_size', bs)) if v is not None})
+def recipe_from_flags(
+    recipe,                         # any recipe
+    settings:list[str]|None=None,   # 'field=value' strings
+    epochs:int|None=None,           # passes over the data; the recipe's if None
+    bs:int|None=None,               # images of an optimizer step, over all processes; the recipe's if None
+):
+    "The recipe with what the command line changed."
+    flags = dict(epochs=epochs, batch_size=bs)
+    given = {name: value for name, value in flags.items() if value is not None}
+    return override(override(recipe, settings or ()), given)

@@ -12,7 +12,7 @@ from torch import nn
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..base.errors import require
+from ..base.errors import UsageError, require
 from ..base.names import pick
 from .recipes import COMPILE
 
@@ -20,46 +20,66 @@ from .recipes import COMPILE
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 def blocks_of(model:nn.Module) -> list[nn.Module]:
-    "The blocks of a transformer: ours and timm's have `attn`, transformers' a name."
-    return [m for m in model.modules() if hasattr(m, 'attn') or type(m).__name__ in ('ViTMAELayer', 'ViTLayer')]
+    "The blocks of a transformer: ours and timm's have a child `attn`, transformers' a name of their own."
+    return [module for module in model.modules() if _is_block(module)]
+
+def _is_block(module:nn.Module) -> bool:
+    children = [name for name, _ in module.named_children()]
+    return 'attn' in children or type(module).__name__ in ('ViTMAELayer', 'ViTLayer')
 
 def compile_model(
-    model:nn.Module,
-    how:str='none',  # one of `COMPILE`
+    model:nn.Module,  # on its device
+    how:str='none',   # one of `COMPILE`
 ) -> nn.Module:
-    "Compile a model in place; the names of its weights stay."
-    if pick(how, COMPILE, 'way to compile') == 'graphs' and next(model.parameters()).device.type != 'cuda': raise ValueError("compile='graphs' replays CUDA graphs and needs a GPU: use blocks or whole")
+    "Compile a model in place; the names of its weights stay. CUDA graphs without a GPU are an error."
+    device = next(model.parameters()).device
+    if pick(how, COMPILE, 'way to compile') == 'graphs' and device.type != 'cuda':
+        raise UsageError("compile=graphs replays CUDA graphs and needs a GPU: use blocks or whole")
     if how == 'blocks':
-        for m in blocks_of(model): m.compile()
-    elif how != 'none': model.compile(mode='reduce-overhead' if how == 'graphs' else None)
+        for block in blocks_of(model):
+            block.compile()
+    elif how != 'none':
+        model.compile(mode='reduce-overhead' if how == 'graphs' else None)
     return model
 
+# %% ../../nbs/training/04_switches.ipynb #f2b2a811
 @cache
-def _checkpointed(kind):
+def _checkpointed(kind:type) -> type:
     "A block's class that checkpoints each call, compiled or not."
     class Checkpointed(kind):
-        def __call__(self, *args): return checkpoint(super().__call__, *args, use_reentrant=False)
+        def __call__(self, *args):
+            return checkpoint(super().__call__, *args, use_reentrant=False)
     return Checkpointed
 
 def checkpoint_blocks(model:nn.Module):
-    "Keep only what enters each block that learns, and compute the rest again on the way back."
-    learn = [m for m in blocks_of(model) if any(p.requires_grad for p in m.parameters())]
-    if not learn: raise ValueError('checkpointing has no effect on a model whose blocks are frozen: set it to False')
-    for m in learn:
-        if type(m).__name__ != 'Checkpointed': m.__class__ = _checkpointed(type(m))
+    "Keep only what enters each block that learns, and compute the rest again in the backward pass."
+    learning = [m for m in blocks_of(model) if any(p.requires_grad for p in m.parameters())]
+    if not learning:
+        raise UsageError('checkpointing has no effect on a model whose blocks are frozen: set it to False')
+    for block in learning:
+        if type(block).__name__ != 'Checkpointed':
+            block.__class__ = _checkpointed(type(block))
 
+# %% ../../nbs/training/04_switches.ipynb #c445f5ef
 def float8_linears(
     model:nn.Module,      # on its device
     emulate:bool=False,   # compute with rounded float32 where there is no float8, for tests
 ):
-    "Matrix products of the blocks in float8, by torchao, in place."
+    "Matrix products of the blocks in float8, by torchao, in place; an error on a device without float8."
     device = next(model.parameters()).device
-    if not emulate and (device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise ValueError(f'fp8 needs a GPU of compute capability 8.9 or more (H100, H200, L40S, RTX 4090), and not {device}: set it to False')
-    ao = require('torchao.float8')
-    fits = lambda m, name: 'blocks.' in name and not m.in_features % 16 and not m.out_features % 16
-    ao.convert_to_float8_training(model, config=ao.Float8LinearConfig(pad_inner_dim=True, emulate=emulate), module_filter_fn=fits)
+    capable = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 9)
+    if not emulate and not capable:
+        raise UsageError('fp8 needs a GPU of compute capability 8.9 or more (H100, H200, L40S, RTX 4090), '
+                         f'and not {device}: set it to False')
+    float8 = require('torchao.float8', 'fp8')
 
+    def fits(module, name):
+        return 'blocks.' in name and not module.in_features % 16 and not module.out_features % 16
+
+    config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    float8.convert_to_float8_training(model, config=config, module_filter_fn=fits)
+
+# %% ../../nbs/training/04_switches.ipynb #e23cc4e4
 def apply_switches(
     model:nn.Module,           # on its device
     compile:str='none',        # one of `COMPILE`
@@ -67,6 +87,8 @@ def apply_switches(
     fp8:bool=False,            # matrix products in float8
 ) -> nn.Module:
     "A model that does the same in less time or memory; changed in place."
-    if fp8: float8_linears(model)
-    if checkpointing: checkpoint_blocks(model)
+    if fp8:
+        float8_linears(model)
+    if checkpointing:
+        checkpoint_blocks(model)
     return compile_model(model, compile)
