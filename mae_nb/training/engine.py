@@ -83,9 +83,9 @@ def _basic_callbacks(dls, model:nn.Module, recipe, out:Path|None) -> list[Callba
     images = dls.train.dataset.images
     cbs = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Guard(recipe.clip, out=out)]
     if rank() == 0:
-        dtype = DTYPES['bfloat16' if recipe.amp else 'float32']
-        peak = peak_flops(dls.device, dtype) * processes()
-        cbs += [Pace(known_flops(model), peak, recipe.repeats), Progress()]
+        dtypes = ('float32', 'bfloat16') if recipe.amp else ('float32',)
+        peak = max(peak_flops(dls.device, DTYPES[d]) for d in dtypes)   # many CPUs are faster in float32
+        cbs += [Pace(known_flops(model), peak * processes(), recipe.repeats), Progress()]
     return cbs
 
 def _recipe_callbacks(recipe) -> list[Callback]:
