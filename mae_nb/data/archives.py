@@ -189,7 +189,7 @@ class ParquetRows(Encoded):
     def __getstate__(self):
         return self.__dict__ | dict(kept=(None, None))   # a worker reads its own
 
-# %% ../../nbs/data/02_archives.ipynb #a087690d
+# %% ../../nbs/data/02_archives.ipynb #3cf55b96
 def parquet_files(
     folder:Path,  # with the files, or with a folder `data` that has them
 ) -> dict:        # part -> sorted files; val is `validation-*` if there are such files, or else `test-*`

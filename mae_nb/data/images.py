@@ -130,7 +130,7 @@ class _Passes:
         if any(self.missing.get((c, k), 1) for c in components for k in range(64)):
             raise ValueError('the file breaks off: a pass over the picture is missing')
 
-# %% ../../nbs/data/01_images.ipynb #86b8bdc9
+# %% ../../nbs/data/01_images.ipynb #48e42daf
 def bare_jpeg(
     data:bytes,  # a JPEG file
 ) -> tuple[bytes, bool]:  # the same image; whether it lost notes that may say how to rotate it

@@ -116,7 +116,7 @@ def _read_remote(address:str) -> bytes:
     with fs.open_input_stream(path) as f:
         return f.read()
 
-# %% ../../nbs/data/03_shards.ipynb #0336a993
+# %% ../../nbs/data/03_shards.ipynb #9f42287b
 def check_shards(
     folder:str|Path,  # packed
     index:dict,       # its list of shards, from `read_index`
@@ -163,7 +163,7 @@ class _ShardWriter(Dataset):
 def quiet_worker(
     worker:int,  # its number
 ):
-    "Make a loader's worker leave Ctrl-C, which reaches every process of a terminal, to the main one; hide PIL's warnings."
+    "Make a worker leave Ctrl-C, which reaches all processes of a terminal, to the main one, and hide PIL's warnings."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
 
@@ -209,7 +209,7 @@ def _write_index(out:Path, index:dict):
     with write_atomically(out/INDEX) as f:
         f.write_text(json.dumps(index) + '\n')
 
-# %% ../../nbs/data/03_shards.ipynb #598da103
+# %% ../../nbs/data/03_shards.ipynb #6b445cda
 def pack(
     parts:dict[str, Part],   # train and, optionally, val
     out:str|Path,            # the folder: new, empty, or begun by the same call
@@ -340,7 +340,7 @@ class Packed(Encoded):
     def __getstate__(self):
         return self.__dict__ | dict(opened={}, pid=None)
 
-# %% ../../nbs/data/03_shards.ipynb #618bd5b1
+# %% ../../nbs/data/03_shards.ipynb #d6e19041
 def open_pack(
     source:str|Path,        # a packed folder, or its address in an object store, such as s3://bucket/imagenet
     cache:Path|None=None,   # for an object store: where shards are kept; below the setting `downloads` if None
