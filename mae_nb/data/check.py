@@ -55,7 +55,7 @@ def check_data(
     num_workers:int=0,     # processes that read
     img_size:int=224,      # side of a crop in pixels; smaller images are counted
     few:int=10,            # classes with fewer images are named
-) -> dict:                 # `parts`: their contents; `duplicates`: names with the same bytes; `leaks`: those in both parts
+) -> dict:                 # `parts`: their contents; `duplicates`: names of equal files; `leaks`: those in both parts
     "Read every image of a data set once."
     parts, same = {}, {}
     for part, images in sets.items():
