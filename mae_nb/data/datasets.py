@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_ARCHIVE', 'SOURCES', 'ImageSet', 'fashion', 'cifar10', 'is_image', 'image_files', 'folder_set', 'folder_sets',
-           'load_source', 'split_labelled', 'packable_parts', 'pack_source', 'pack_text']
+           'encoded_parts', 'load_source', 'split_labelled', 'packable_parts', 'pack_source', 'pack_text']
 
 # %% ../../nbs/data/04_datasets.ipynb #be7d543a
 import io
@@ -26,9 +26,9 @@ from ..base.keyed import generator, key
 from ..base.names import pick
 from ..base.processes import print_once
 from ..base.settings import setting
-from .archives import Encoded, Files, Part
+from .archives import TRAIN_TAR, Encoded, Files, Part, ilsvrc_parts, parquet_files, parquet_parts
 from .images import IMAGENET_MEAN, IMAGENET_STD, error_text, file_bytes, read_image, readable_formats
-from .shards import check_shards, encoded_parts, left_out, pack, read_index
+from .shards import INDEX, check_shards, is_remote, left_out, open_pack, pack, read_index
 
 # %% ../../nbs/data/04_datasets.ipynb #a2e5100e
 @dataclass
@@ -227,6 +227,24 @@ def folder_sets(
     train = folder_set(folder/'train')
     places = [folder/name for name in ('val', 'valid', 'validation', 'test') if (folder/name).is_dir()]
     return train, folder_set(places[0], train.classes) if places else None
+
+# %% ../../nbs/data/04_datasets.ipynb #39e40496
+def encoded_parts(
+    source:str|Path,         # a folder, or an address in an object store
+    in_order:bool=False,     # whether images will be read from first to last
+) -> dict[str, Part]|None:   # train and, optionally, val; None if it is a folder of plain image files
+    "The parts of a packed folder, of ImageNet's tars or of parquet files."
+    if is_remote(source) or (Path(source)/INDEX).is_file():
+        return open_pack(source)
+    folder = Path(source)
+    if (folder/TRAIN_TAR).is_file():
+        return ilsvrc_parts(folder)
+    if not parquet_files(folder):
+        return None
+    if not in_order:
+        raise UsageError(f'{source} has parquet files, which are slow to read in random order: '
+                         f'pack them first with mae-pack {source} OUT')
+    return parquet_parts(folder)
 
 # %% ../../nbs/data/04_datasets.ipynb #42df92d1
 SOURCES = {'fashion': fashion, 'cifar10': cifar10}   # data sets by name

@@ -139,7 +139,7 @@ def decode_batch(
     size:tuple[int, int],  # (rows, columns) of a sample
     in_chans:int,          # channels wanted: 1 or 3
     device,                # that decodes
-) -> tuple:                # images (b, c, *size) uint8 on the device; [(places, epoch, index)] of files it cannot decode
+) -> tuple:                # images (b, c, *size) uint8 on the device; [(places, epoch, index)] of files that fail
     "A batch's pixels, cropped; the images of files that cannot be decoded are black."
     imgs, failed, of_file = [None] * len(batch.crops), [], {}
     for place, (n, *crop) in enumerate(batch.crops.tolist()):
@@ -152,8 +152,10 @@ def decode_batch(
         if img is None:
             failed.append(([place for place, _ in of_file[n]], epochs[n], index[n]))
         for place, crop in of_file[n]:
-            black = img is None
-            imgs[place] = torch.zeros(in_chans, *size, device=device) if black else apply_crop(img, crop, size, _scale)
+            if img is None:
+                imgs[place] = torch.zeros(in_chans, *size, device=device)
+            else:
+                imgs[place] = apply_crop(img, crop, size, _scale)
     return torch.stack([img.float() for img in imgs]).clamp(0, 255).round().byte(), failed
 
 def _scale(img:torch.Tensor, size:tuple) -> torch.Tensor:

@@ -29,7 +29,7 @@ from .shards import quiet_worker
 
 # %% ../../nbs/data/09_loader.ipynb #723299dd
 class KeyedBatches:
-    "Batches of (epoch, index): an epoch's order depends on (seed, epoch) alone; every process takes its part of a batch."
+    "Batches of (epoch, index): an epoch's order depends on (seed, epoch) alone; each process takes its part of it."
     def __init__(self,
         n:int,                # samples in all
         bs:int,               # samples in a batch of one process

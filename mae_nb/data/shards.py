@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'reencode', 'write_shard', 'read_index', 'is_remote', 'check_shards', 'quiet_worker', 'pack', 'left_out',
-           'fetch_shard', 'Packed', 'open_pack', 'encoded_parts']
+           'fetch_shard', 'Packed', 'open_pack']
 
 # %% ../../nbs/data/03_shards.ipynb #d0579c8e
 import hashlib
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..base.errors import UsageError, require
 from ..base.files import sha256, write_atomically
 from ..base.settings import setting
-from .archives import TRAIN_TAR, Encoded, Part, ilsvrc_parts, parquet_files, parquet_parts
+from .archives import Encoded, Part
 from .images import read_image
 
 # %% ../../nbs/data/03_shards.ipynb #06d0c7d6
@@ -373,21 +373,3 @@ def _packed_part(name:str, index:dict, folder:Path, uri:str|None) -> Part:
     labels = index['labels'][name]
     classes = index['plan']['parts'][name]['classes']
     return Part(Packed(folder, shards, uri), None if labels is None else np.array(labels), classes)
-
-# %% ../../nbs/data/03_shards.ipynb #39e40496
-def encoded_parts(
-    source:str|Path,         # a folder, or an address in an object store
-    in_order:bool=False,     # whether images will be read from first to last
-) -> dict[str, Part]|None:   # train and, optionally, val; None if it is a folder of plain image files
-    "The parts of a packed folder, of ImageNet's tars or of parquet files."
-    if is_remote(source) or (Path(source)/INDEX).is_file():
-        return open_pack(source)
-    folder = Path(source)
-    if (folder/TRAIN_TAR).is_file():
-        return ilsvrc_parts(folder)
-    if not parquet_files(folder):
-        return None
-    if not in_order:
-        raise UsageError(f'{source} has parquet files, which are slow to read in random order: '
-                         f'pack them first with mae-pack {source} OUT')
-    return parquet_parts(folder)
