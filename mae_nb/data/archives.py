@@ -211,10 +211,9 @@ def parquet_parts(
 
 def _parquet_part(files:list) -> Part:
     "One part; its classes' names are those in the metadata of the last file."
-    from pyarrow.parquet import ParquetFile
     groups, names, labels = [], [], []
     for file in files:
-        f = ParquetFile(file)
+        f = _open_parquet(file)
         columns = {'.'.join(f.schema.column(i).path.split('.')[:2]) for i in range(len(f.schema))}
         if 'image.bytes' not in columns:
             raise UsageError(f'{file} has no column image with bytes, as the hub has it: '
@@ -232,6 +231,13 @@ def _parquet_part(files:list) -> Part:
     if labels is not None:
         classes = classes or [str(i) for i in range(labels.max() + 1)]
     return Part(ParquetRows(groups, names), labels, classes or [])
+
+def _open_parquet(file:Path):
+    from pyarrow.parquet import ParquetFile
+    try:
+        return ParquetFile(file)
+    except ValueError as e:
+        raise UsageError(f'{file} cannot be read as parquet: fetch it again ({e})') from e
 
 def _class_names(metadata:dict|None) -> list|None:
     "The classes' names in a parquet file's metadata, as the hub writes them; None if there are none."

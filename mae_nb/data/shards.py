@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..base.errors import UsageError, require
+from ..base.errors import MissingFile, UsageError, require
 from ..base.files import sha256, write_atomically
 from ..base.settings import setting
 from .archives import Encoded, Part
@@ -82,14 +82,18 @@ def read_index(
     folder:str|Path,  # a packed folder, or its address in an object store
 ) -> dict:            # the list of shards, `plan`, `complete`, `labels`
     "A packed folder's list of shards."
-    text = _read_remote(f'{folder}/{INDEX}') if is_remote(folder) else (Path(folder)/INDEX).read_bytes()
     try:
-        index = json.loads(text)
-    except ValueError as e:
+        index = json.loads(_index_bytes(folder))
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise MissingFile(f'{folder} is no packed folder: it has no {INDEX}') from e
+    except (ValueError, ImportError) as e:   # damaged, or an address that no library knows
         raise UsageError(f'{folder}/{INDEX} cannot be read: {e}') from e
     if index['plan']['version'] != 1:
         raise UsageError(f'{folder} was packed by a later version of mae_nb: update this one')
     return index
+
+def _index_bytes(folder:str|Path) -> bytes:
+    return _read_remote(f'{folder}/{INDEX}') if is_remote(folder) else (Path(folder)/INDEX).read_bytes()
 
 def is_remote(
     source:str|Path,  # a folder, or an address such as s3://bucket/imagenet
@@ -265,7 +269,7 @@ def _refuse_bad(index:dict):
         print(f'cannot read {name}: {reason}', flush=True)
     if bad:
         raise UsageError(f'{len(bad)} pictures cannot be read, the first is {bad[0][1]}: '
-                         'mend them and start again, or leave them out with skip_bad=True')
+                         'mend them and start again, or leave them out with `skip_bad`')
 
 def _kept_labels(name:str, part:Part, jobs:list, index:dict) -> list|None:
     "The labels of a part's readable images."
