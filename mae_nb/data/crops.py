@@ -31,7 +31,9 @@ def crop_box(
         aspect = ratio[0] * (ratio[1] / ratio[0])**nth_uniform(k, i + 1)
         h, w = round((area / aspect)**.5), round((area * aspect)**.5)
         if 0 < h <= H and 0 < w <= W:
-            return int(nth_uniform(k, 20) * (H - h + 1)), int(nth_uniform(k, 21) * (W - w + 1)), h, w
+            top = int(nth_uniform(k, 20) * (H - h + 1))
+            left = int(nth_uniform(k, 21) * (W - w + 1))
+            return top, left, h, w
     h, w = min(H, round(W / ratio[0])), min(W, round(H * ratio[1]))
     return (H - h) // 2, (W - w) // 2, h, w
 
@@ -95,8 +97,9 @@ def eval_spec(
     if cover is None:
         cover = 256 / 224 if min(size) >= 64 else 1
     s = max(H / h, W / w) * cover
-    rows, cols = max(round(h * s), H), max(round(w * s), W)
-    return CropSpec(0, 0, h, w, rows, cols, round((rows - H) / 2), round((cols - W) / 2), False)
+    height, width = max(round(h * s), H), max(round(w * s), W)
+    down, right = round((height - H) / 2), round((width - W) / 2)
+    return CropSpec(0, 0, h, w, height, width, down, right, False)
 
 def eval_transform(
     img:torch.Tensor,      # image (c, h, w), uint8
