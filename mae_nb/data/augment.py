@@ -7,6 +7,7 @@ __all__ = ['AUGMENTS', 'keyed_globals', 'pretrain_transform', 'rand_augment', 'e
 
 # %% ../../nbs/data/07_augment.ipynb #2fafba06
 import random
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,123 +15,157 @@ from functools import cache
 from PIL import Image, ImageOps
 import numpy as np
 import torch
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
+from ..base.errors import UsageError
 from .crops import Crop, eval_spec, eval_transform, fixed_crop, fixed_spec, train_transform
 from .images import IMAGENET_MEAN, IMAGENET_STD
-
-# %% ../../nbs/data/07_augment.ipynb #92898b35
-AUGMENTS = ('none', 'fixed', 'random', 'jitter')   # the rows of Table 1e
 
 # %% ../../nbs/data/07_augment.ipynb #6578c961
 @contextmanager
 def keyed_globals(
     k:int,  # one key from `key`
 ):
-    "Set the global generators of Python, NumPy and PyTorch from a key, and put them back afterwards."
-    was = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(k); np.random.seed(k % 2**32); torch.default_generator.manual_seed(k >> 1)
-    try: yield
-    finally: random.setstate(was[0]); np.random.set_state(was[1]); torch.set_rng_state(was[2])
+    "Set the global generators of Python, NumPy and PyTorch from a key, and restore them afterwards."
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(k)
+    np.random.seed(k % 2**32)
+    torch.default_generator.manual_seed(k >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+# %% ../../nbs/data/07_augment.ipynb #92898b35
+AUGMENTS = ('none', 'fixed', 'random', 'jitter')   # the rows of Table 1e
 
 # %% ../../nbs/data/07_augment.ipynb #1a2a8212
-_JITTER = v2.ColorJitter(.4, .4, .4)   # Table 1e does not say how strong; these are usual
+@cache
+def _colour_jitter():
+    "Table 1e does not state the strength; these values are usual."
+    from torchvision.transforms.v2 import ColorJitter   # slow to import
+    return ColorJitter(.4, .4, .4)
 
 def pretrain_transform(
     img:torch.Tensor,      # image (c, h, w), uint8
-    k,                     # gives the key for a purpose
+    k:Callable[[str], int],  # returns the key for a purpose
     size:tuple[int, int],  # (rows, columns) wanted
     augment:str='random',  # a row of Table 1e: one of `AUGMENTS`
-    crop_scale:tuple=(.2, 1.),  # of the crop of random size
+    crop_scale:tuple=(.2, 1.),  # of the crop of random size: share of the image's area
     flip:bool=True,        # mirror half of the images; not with 'none'
 ) -> torch.Tensor:         # image (c, *size), uint8
     "A row of Table 1e."
-    if augment == 'none': return eval_transform(img, size)
-    if augment == 'fixed': return train_transform(fixed_crop(img, k, size), k, size, (1., 1.), flip)
+    if augment == 'none':
+        return eval_transform(img, size)
+    if augment == 'fixed':
+        return train_transform(fixed_crop(img, k, size), k, size, (1., 1.), flip)
     img = train_transform(img, k, size, crop_scale, flip)
-    if augment == 'random': return img
-    with keyed_globals(k('jitter')): return _JITTER(img)
+    if augment == 'random':
+        return img
+    jitter = _colour_jitter()
+    with keyed_globals(k('jitter')):
+        return jitter(img)
 
 # %% ../../nbs/data/07_augment.ipynb #ad337ad3
 def _posterize(img, bits, **_):
-    "Keep the upper bits; none of them makes the image black, where Pillow refuses."
+    "Keep the upper bits; with none of them the image is black, where Pillow raises an error."
     return ImageOps.posterize(img, bits) if bits else Image.new(img.mode, img.size)
 
 @cache
-def _rand_augment(config:str, side:int, fill:tuple):
+def _timm_rand_augment(config:str, side:int, fill:tuple):
     "timm's RandAugment as `create_transform` of the official fine-tuning sets it up."
-    from timm.data.auto_augment import rand_augment_transform   # timm is slow to import
-    op = rand_augment_transform(config, dict(translate_const=int(side * .45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
-    for o in op.ops:
-        if o.name.startswith('Posterize'): o.aug_fn = _posterize
-    return op
+    from timm.data.auto_augment import rand_augment_transform   # slow to import
+    options = dict(translate_const=int(side * .45), img_mean=fill, interpolation=Image.Resampling.BICUBIC)
+    augment = rand_augment_transform(config, options)
+    for op in augment.ops:
+        if op.name.startswith('Posterize'):
+            op.aug_fn = _posterize
+    return augment
 
 def rand_augment(
     img:torch.Tensor,  # image (c, h, w), uint8, of 1 or 3 channels
-    k,                 # gives the key for a purpose
+    k:Callable[[str], int],  # returns the key for a purpose
     config:str='rand-m9-mstd0.5-inc1',  # timm's name for strength and number of operations
-    mean:tuple=IMAGENET_MEAN,           # of pixels in [0, 1]: the colour of what is moved in from outside
+    mean:tuple=IMAGENET_MEAN,           # of pixels in [0, 1]: the colour that fills in from outside
 ) -> torch.Tensor:     # image (c, h, w), uint8
     "A few random operations on colours and shape."
-    if len(img) not in (1, 3): raise ValueError(f"RandAugment takes images of 1 or 3 channels, got {len(img)}: set randaugment=''")
+    if len(img) not in (1, 3):
+        raise UsageError(f"RandAugment takes images of 1 or 3 channels, got {len(img)}: set randaugment=''")
     fill = tuple(min(255, round(255 * m)) for m in mean) * (3 // len(mean))
-    op = _rand_augment(config, min(img.shape[1:]), fill)
-    with keyed_globals(k('randaugment')): out = op(TF.to_pil_image(img.expand(3, -1, -1)))
-    return TF.pil_to_tensor(out)[:len(img)]
+    augment = _timm_rand_augment(config, min(img.shape[1:]), fill)
+    rgb = img.expand(3, -1, -1).permute(1, 2, 0).contiguous()
+    with keyed_globals(k('randaugment')):
+        changed = augment(Image.fromarray(rgb.numpy()))
+    return torch.from_numpy(np.array(changed)).permute(2, 0, 1)[:len(img)]
 
 # %% ../../nbs/data/07_augment.ipynb #ee91286c
 @cache
-def _erasing(prob:float):
-    from timm.data.random_erasing import RandomErasing
+def _timm_erasing(prob:float):
+    from timm.data.random_erasing import RandomErasing   # slow to import
     return RandomErasing(prob, mode='pixel', device='cpu')
 
 def erase(
     img:torch.Tensor,  # image (c, h, w), uint8
-    k,                 # gives the key for a purpose
-    prob:float=.25,    # share of images that lose a box
-    mean:tuple=IMAGENET_MEAN,  # of pixels in [0, 1], one a channel
-    std:tuple=IMAGENET_STD,
+    k:Callable[[str], int],  # returns the key for a purpose
+    prob:float=.25,    # share of images that lose a box, in [0, 1]
+    mean:tuple=IMAGENET_MEAN,  # of pixels in [0, 1], a number for each channel
+    std:tuple=IMAGENET_STD,    # the same for the deviation
 ) -> torch.Tensor:     # image (c, h, w), uint8
     "Fill a random box, of 2 to 33 % of the area, with noise (timm's random erasing by pixel)."
-    with keyed_globals(k('erase')): noise = _erasing(prob)(torch.zeros(img.shape))
-    column = lambda x: torch.tensor(x)[:, None, None]
-    return torch.where(noise != 0, ((noise * column(std) + column(mean)) * 255).round().clamp(0, 255).byte(), img)
+    erasing = _timm_erasing(prob)
+    with keyed_globals(k('erase')):
+        noise = erasing(torch.zeros(img.shape))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+    noisy = ((noise * std + mean) * 255).round().clamp(0, 255).byte()
+    return torch.where(noise != 0, noisy, img)
 
 # %% ../../nbs/data/07_augment.ipynb #65125686
 @dataclass(frozen=True)
 class Augment(Crop):
     "What a recipe does to a training image."
-    augment: str = 'random'   # a row of Table 1e
-    randaugment: str = ''     # timm's name; empty = none
-    erase: float = 0.         # share of images
-    mean: tuple = IMAGENET_MEAN
-    std: tuple = IMAGENET_STD
+    augment: str = 'random'      # a row of Table 1e
+    randaugment: str = ''        # timm's name; empty = none
+    erase: float = 0.            # share of images that lose a box
+    mean: tuple = IMAGENET_MEAN  # of pixels in [0, 1], a number for each channel
+    std: tuple = IMAGENET_STD    # the same for the deviation
 
-    def __call__(self, img, k, size):  # image (c, h, w) uint8 -> (c, *size) uint8
+    def __call__(self, img, k, size):
         img = pretrain_transform(img, k, size, self.augment, self.crop_scale, self.flip)
-        if self.randaugment: img = rand_augment(img, k, self.randaugment, self.mean)
-        return erase(img, k, self.erase, self.mean, self.std) if self.erase else img
+        if self.randaugment:
+            img = rand_augment(img, k, self.randaugment, self.mean)
+        if self.erase:
+            img = erase(img, k, self.erase, self.mean, self.std)
+        return img
 
-    def view(self, k, size, *whole):
-        if self.augment == 'none': return eval_spec(whole, size)
-        found = super().view(k, size, *whole)
-        return fixed_spec(whole, k, size)._replace(mirrored=found.mirrored) if self.augment == 'fixed' else found
+    def spec(self, whole, k, size):
+        if self.augment == 'none':
+            return eval_spec(whole, size)
+        spec = super().spec(whole, k, size)
+        if self.augment == 'fixed':
+            return fixed_spec(whole, k, size)._replace(mirrored=spec.mirrored)
+        return spec
+
+    def shrink(self, whole, k, size):
+        return super().shrink(whole, k, size) if self.augment in ('random', 'jitter') else 1
 
     @property
-    def beyond(self) -> str:
-        "What is done to the pixels that no `CropSpec` tells, if anything."
-        return 'RandAugment' if self.randaugment else 'random erasing' if self.erase else 'colour jitter' if self.augment == 'jitter' else ''
-
-    def shrink(self, *args): return super().shrink(*args) if self.augment in ('random', 'jitter') else 1
+    def pixel_change(self) -> str:
+        "What it does to pixels beyond its `spec`; '' if nothing."
+        if self.randaugment:
+            return 'RandAugment'
+        if self.erase:
+            return 'random erasing'
+        return 'colour jitter' if self.augment == 'jitter' else ''
 
 def augment_of(
     recipe,      # any recipe with `crop_scale` and `flip`
-    mean:tuple,  # of pixels in [0, 1], one a channel
-    std:tuple,
+    mean:tuple,  # of pixels in [0, 1], a number for each channel
+    std:tuple,   # the same for the deviation
 ) -> Augment:
     "The recipe's augmentation."
-    return Augment(recipe.crop_scale, recipe.flip, recipe.augment, recipe.randaugment, recipe.erase, tuple(mean), tuple(std))
+    r = recipe
+    return Augment(r.crop_scale, r.flip, r.augment, r.randaugment, r.erase, tuple(mean), tuple(std))
 
 # %% ../../nbs/data/07_augment.ipynb #511472a8
 def mix_batch(
@@ -138,11 +173,14 @@ def mix_batch(
     labels:torch.Tensor,  # class numbers (b,)
     k:int,                # the batch's key
     classes:int,          # in all
-    mixup:float=.8,       # of the beta distribution; 0 = none
-    cutmix:float=1.,      # of the beta distribution; 0 = none
+    mixup:float=.8,       # parameter of the beta distribution; 0 = none
+    cutmix:float=1.,      # parameter of the beta distribution; 0 = none
     smoothing:float=.1,   # share of the target spread over all classes
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images, targets (b, classes)
     "Mix each image and target with the one in the mirrored place (timm's mixup in batch mode)."
-    from timm.data.mixup import Mixup   # timm is slow to import
-    if len(imgs) % 2: raise ValueError(f'mixup and cutmix pair the images of a batch, got {len(imgs)}: use an even --bs, or --set mixup=0 --set cutmix=0')
-    with keyed_globals(k): return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)(imgs, labels)
+    from timm.data.mixup import Mixup   # slow to import
+    if len(imgs) % 2:
+        raise UsageError(f'mixup and cutmix pair the images of a batch, got {len(imgs)}: '
+                         'use an even `bs`, or mixup=0 and cutmix=0')
+    with keyed_globals(k):
+        return Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)(imgs, labels)
