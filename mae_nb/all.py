@@ -35,7 +35,7 @@ PUBLIC = {   # module -> its public names
     'weights.convert': 'save_official save_timm save_hf',
     'weights.hub': 'save_pretrained from_pretrained push_to_hub',
     'training.recipes': '''Recipe PretrainRecipe FinetuneRecipe ScratchRecipe LinearRecipe PartialRecipe AttentiveRecipe
-                           KnnRecipe override mae_options learning_rate as_config from_config show_recipe''',
+                           KnnRecipe override mae_options as_config from_config show_recipe''',
     'training.presets': 'RECIPES default_model default_recipe',
     'training.optim': '''param_groups pretrain_groups finetune_groups adamw lars warmup_cosine Schedule Accumulate
                          WeightEMA''',

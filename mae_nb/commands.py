@@ -86,7 +86,7 @@ def _remains(out:str|Path|None, code:int) -> str:
     resume = f'; go on with --resume {out}' if checkpoints_in(Path(out)/'checkpoints') else ''
     return f'; what was done so far is in {out}{resume}'
 
-# %% ../nbs/commands.ipynb #f0ac7103
+# %% ../nbs/commands.ipynb #888fed7d
 def _with_flags(message:str, func) -> str:
     "An error's parameters as flags of the command."
     flags, fields = signature(func).parameters, ()
