@@ -184,18 +184,27 @@ def study_recipes(data):
                 linear=override(RECIPES[f'linear_{data}'], dict(batch_size=BATCH)),
                 attentive=override(RECIPES[f'attentive_{data}'], dict(batch_size=BATCH)))
 
-def step_seconds(a, full, few, recipes, new_mae, img_size):
+def step_seconds(a, full, few, recipes, new_mae):
     "Seconds of a pretraining and of a fine-tuning step, measured."
+    mae = new_mae()
     def seconds(learner, images, model, recipe, steps=6):
-        dls = get_dls((images, None), recipe, img_size=img_size, device=a.device)
+        dls = get_dls((images, None), recipe, img_size=mae.encoder.img_size, device=a.device)
         learn = learner(dls, model, recipe, max_steps=steps)
         with quiet():
             learn.fit_recipe()
             start = time.time()
             learn.fit_recipe()
         return (time.time() - start) / steps
-    return (seconds(pretrain_learner, full, new_mae(), recipes['pretrain']),
+    return (seconds(pretrain_learner, full, mae, recipes['pretrain']),
             seconds(finetune_learner, few, new_classifier(a, few), recipes['finetune']))
+
+def pretrained(a, mae, images, recipe, out):
+    "The learner after the one pretraining."
+    dls = get_dls((images, None), recipe, img_size=mae.encoder.img_size, device=a.device)
+    learn = pretrain_learner(dls, mae, recipe, out=out)
+    with quiet():
+        learn.fit_recipe()
+    return learn
 
 def chosen_rates(rows, few, epochs, say):
     "Each row's rate, chosen on a fifth of the labelled training images."
@@ -231,11 +240,10 @@ def main():
     new_mae = partial(seeded, 0, create_mae, a.model, target=recipes['pretrain'].target, in_chans=full.in_chans,
                       depth=DEPTH)
     mae = new_mae()
-    img_size = mae.encoder.img_size
 
     # a third of the time goes to pretraining, half to the rows; a seed costs about two whole fine-tunings, and a
     # little more than a third of one for all cached rows together
-    pretrain_step, tune_step = step_seconds(a, full, few, recipes, new_mae, img_size)
+    pretrain_step, tune_step = step_seconds(a, full, few, recipes, new_mae)
     budget, steps = a.minutes * 60, len(full) // recipes['pretrain'].batch_size
     pretrain_epochs = max(1, int(.35 * budget / (pretrain_step * steps)))
     epochs = max(2, int(.55 * budget / (a.seeds + .25 * len(RATES)) / (4 * tune_step * (len(few) // BATCH))))
@@ -244,10 +252,7 @@ def main():
 
     longer = dict(epochs=pretrain_epochs, warmup_epochs=pretrain_epochs / 10)
     recipes['pretrain'] = override(recipes['pretrain'], longer)
-    dls = get_dls((full, None), recipes['pretrain'], img_size=img_size, device=a.device)
-    learn = pretrain_learner(dls, mae, recipes['pretrain'], out=out)
-    with quiet():
-        learn.fit_recipe()
+    learn = pretrained(a, mae, full, recipes['pretrain'], out)
     say(f'pretrained, loss {learn.final_record[0]:.4f}')
 
     study = Protocols(a, learn.model.eval(), few, test, recipes)

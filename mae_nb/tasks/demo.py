@@ -68,7 +68,8 @@ def demo_folder(
     "A new run folder for a demo."
     return next_run(f'demo-{_demo_data(data)}')
 
-def _demo_data(data:str|None) -> str: return pick(data or setting('dataset'), SOURCES, 'data set')
+def _demo_data(data:str|None) -> str:
+    return pick(data or setting('dataset'), SOURCES, 'data set')
 
 def demo(
     data:str|None=None,       # fashion or cifar10; the setting `dataset` if None

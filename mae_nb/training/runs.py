@@ -80,8 +80,7 @@ def _open_run(out:Path, config:dict, resume:bool) -> Exception|None:
     versions = dict(python=platform.python_version()) | {p.__name__: p.__version__ for p in (torch, fastai, einops)}
     try:
         if (out/'config.json').is_file() and resume:
-            _check_same_run(out, config, versions)
-            return None
+            return _check_same_run(out, config, versions)
         if _is_used(out):
             advice = '' if resume else ', or go on with `resume`'
             raise UsageError(f'{out} is there already and not empty: choose another `out`{advice}')
@@ -94,9 +93,7 @@ def _open_run(out:Path, config:dict, resume:bool) -> Exception|None:
 
 def _is_used(out:Path) -> bool:
     "Whether something is in the way: a file, or a folder with more in it than empty folders."
-    if not out.exists():
-        return False
-    return not out.is_dir() or any(not f.is_dir() or any(f.iterdir()) for f in out.iterdir())
+    return out.exists() and (not out.is_dir() or any(not f.is_dir() or any(f.iterdir()) for f in out.iterdir()))
 
 def _read_config(run:Path) -> dict:
     "A run's `config.json`."
@@ -162,10 +159,8 @@ class RunWriter(Callback):
 
     def after_epoch(self):
         values, lr, pace = list(self.recorder.log), self.recorder.lrs[-1], self.pace.told
-        row = ['' if v is None else v for v in values]
-        self.write_row('metrics.csv', [*row, lr, int(self.guard.skipped)])
-        timing = ['' if v is None else f'{v:.4f}' for v in pace.values()]
-        self.write_row('timing.csv', [self.epoch, *timing])
+        self.write_row('metrics.csv', ['' if v is None else v for v in values] + [lr, int(self.guard.skipped)])
+        self.write_row('timing.csv', [self.epoch, *('' if v is None else f'{v:.4f}' for v in pace.values())])
         self.write_board(dict(zip(self.recorder.metric_names[1:], values[1:], strict=True)), dict(lr=lr) | pace)
 
     def write_board(self, metrics:dict, pace:dict):
@@ -229,10 +224,8 @@ def write_json(
     *files:str|Path|None,  # where to write it; None is skipped
 ):
     "Write a result into files, in the first process only."
-    if rank():
-        return
     for file in files:
-        if file is not None:
+        if file is not None and rank() == 0:
             Path(file).write_text(json.dumps(result, indent=1) + '\n')
 
 # %% ../../nbs/training/10_runs.ipynb #2600b002
