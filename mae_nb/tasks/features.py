@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 import torch
 from torch.nn import functional as F
 
+from ..base.errors import UsageError
 from ..base.keyed import generator, key
 from ..data.crops import eval_crop
 from ..data.datasets import ImageSet
 from ..data.images import standardize
 from ..data.loader import Samples
-from ..model.encoder import Encoder
+from ..model.encoder import Encoder, pool_tokens
 from .finetune import check_labels, write_classes
 from ..training.engine import check_channels
 from ..training.recipes import KnnRecipe
@@ -33,9 +31,10 @@ def get_encoder(
     model:nn.Module,  # an `MAE`, an `Encoder`, a `Classifier` or a probe
 ) -> Encoder:
     "The encoder in a model."
-    found = getattr(model, 'encoder', model)
-    if not isinstance(found, Encoder): raise TypeError(f'a probe needs a model with an encoder, got {type(model).__name__}')
-    return found
+    encoder = getattr(model, 'encoder', model)
+    if not isinstance(encoder, Encoder):
+        raise TypeError(f'a probe needs a model with an encoder, got {type(model).__name__}')
+    return encoder
 
 # %% ../../nbs/tasks/04_features.ipynb #8904611a
 @torch.no_grad()
@@ -44,16 +43,17 @@ def extract_features(
     images:ImageSet,    # read whole, without augmentation
     bs:int=500,         # images in a batch
 ) -> dict:              # 'avg': mean of the patch tokens, 'cls': the class token; float32 arrays (len(images), d)
-    "What an encoder makes of each image, every patch visible."
-    was, dev = encoder.training, next(encoder.parameters()).device
+    "An encoder's features of each image, every patch visible."
+    training, device = encoder.training, next(encoder.parameters()).device
+    samples, pooled = Samples(images, encoder.img_size, transform=eval_crop), dict(avg=[], cls=[])
     encoder.eval()
-    samples, found = Samples(images, encoder.img_size, transform=eval_crop), dict(avg=[], cls=[])
-    for i in range(0, len(images), bs):
-        imgs = torch.stack([samples[0, j][0] for j in range(i, min(i + bs, len(images)))]).to(dev)
-        x = Encoder.forward(encoder, standardize(imgs, images.mean, images.std))   # of a classifier, too
-        found['avg'].append(x[:, 1:].mean(dim=1)); found['cls'].append(x[:, 0])
-    encoder.train(was)
-    return {k: torch.cat(v).float().cpu().numpy() for k, v in found.items()}
+    for start in range(0, len(images), bs):
+        imgs = torch.stack([samples[0, i][0] for i in range(start, min(start + bs, len(images)))]).to(device)
+        tokens = Encoder.forward(encoder, standardize(imgs, images.mean, images.std))   # not a classifier's logits
+        for pool, parts in pooled.items():
+            parts.append(pool_tokens(tokens, pool))
+    encoder.train(training)
+    return {pool: torch.cat(parts).float().cpu().numpy() for pool, parts in pooled.items()}
 
 # %% ../../nbs/tasks/04_features.ipynb #5552eed9
 def pixel_features(
@@ -80,16 +80,21 @@ def linear_probe(
     test:np.ndarray,          # features (m, d) of the test set
     test_labels:np.ndarray,   # class numbers (m,)
     penalties:Sequence[float]=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # L2 penalties to choose from, for a mean loss
-    tune_on:int=10_000,       # samples used for choosing: four fifths to train, one to judge
+    tune_on:int=10_000,       # samples used for choosing: four fifths to train, one to validate
     seed:int=0,               # of the held-out split
 ) -> Probe:
     "Multinomial logistic regression on standardised features; its penalty is chosen on held-out training samples."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fit(penalty, ids):
+        classifier = LogisticRegression(C=1 / (penalty * len(ids)), tol=1e-3, max_iter=2000)
+        return make_pipeline(StandardScaler(), classifier).fit(train[ids], train_labels[ids])
+
     order = torch.randperm(len(train), generator=generator(key(seed, 0, 0, 'split'))).numpy()[:tune_on]
     held, rest = order[:len(order) // 5], order[len(order) // 5:]
-    def fit(l2, ids):
-        judge = LogisticRegression(C=1 / (l2 * len(ids)), tol=1e-3, max_iter=2000)
-        return make_pipeline(StandardScaler(), judge).fit(train[ids], train_labels[ids])
-    tried = {l2: float(fit(l2, rest).score(train[held], train_labels[held])) for l2 in penalties}
+    tried = {penalty: float(fit(penalty, rest).score(train[held], train_labels[held])) for penalty in penalties}
     best = max(tried, key=tried.get)
     predicted = fit(best, np.arange(len(train))).predict(test)
     return Probe(float((predicted == test_labels).mean()), best, tried, predicted)
@@ -106,15 +111,16 @@ def knn_votes(
 ) -> torch.Tensor:              # share of the votes (m, classes)
     "The nearest training samples vote, by cosine."
     cosine, near = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(k, len(train)), dim=1)
-    weight = (cosine / temperature).softmax(dim=1)   # exp(...), brought to a sum of one
-    return torch.zeros(len(test), classes, device=test.device).scatter_add_(1, train_labels[near], weight)
+    weight = (cosine / temperature).softmax(dim=1)   # exp(...), scaled to a sum of one
+    votes = torch.zeros(len(test), classes, device=test.device)
+    return votes.scatter_add_(1, train_labels[near], weight)
 
 # %% ../../nbs/tasks/04_features.ipynb #b25a0008
 @dataclass
 class KnnResult:
-    "How well the nearest neighbours tell the class."
+    "How well the nearest neighbours predict the class."
     top1: float            # in [0, 1]
-    top5: float            # in [0, 1]; all where there are five classes or less
+    top5: float            # in [0, 1]; 1 with five classes or fewer
     predicted: np.ndarray  # class numbers for the validation set
 
 def knn_probe(
@@ -125,12 +131,21 @@ def knn_probe(
 ) -> KnnResult:
     "Weighted k-nearest-neighbour classification on frozen features, without augmentation."
     recipe, encoder = recipe or KnnRecipe(), get_encoder(model).to(dls.device)
-    check_channels(dls, encoder); check_labels(dls, len(dls.train.dataset.images.classes))
-    if len(dls.loaders) < 2: raise ValueError(f'{dls.train.dataset.images.name} has no validation set to judge')
-    sets = [dl.dataset.images for dl in dls.loaders[:2]]
-    (a, ya), (b, yb) = ((torch.from_numpy(extract_features(encoder, s, recipe.batch_size)[recipe.pool]).to(dls.device), torch.as_tensor(s.labels, device=dls.device)) for s in sets)
-    votes = torch.cat([knn_votes(a, ya, x, len(sets[0].classes), recipe.k, recipe.temperature) for x in b.split(recipe.batch_size)])
+    check_channels(dls, encoder)
+    check_labels(dls, len(dls.train.dataset.images.classes))
+    if len(dls.loaders) < 2:
+        raise UsageError(f'{dls.train.dataset.images.name} has no validation set to judge')
+    train, valid = (dl.dataset.images for dl in dls.loaders[:2])
+
+    def vectors(images):
+        pooled = extract_features(encoder, images, recipe.batch_size)[recipe.pool]
+        return torch.from_numpy(pooled).to(dls.device), torch.as_tensor(images.labels, device=dls.device)
+
+    (features, labels), (queries, truth) = vectors(train), vectors(valid)
+    votes = torch.cat([knn_votes(features, labels, part, len(train.classes), recipe.k, recipe.temperature)
+                       for part in queries.split(recipe.batch_size)])
     best = votes.topk(min(5, votes.shape[1]), dim=1).indices
-    right, predicted = (best == yb[:, None]).double(), best[:, 0].cpu().numpy()
-    if out is not None: write_classes(out, sets[1].labels, predicted, sets[0].classes)
+    right, predicted = (best == truth[:, None]).double(), best[:, 0].cpu().numpy()
+    if out is not None:
+        write_classes(out, valid.labels, predicted, train.classes)
     return KnnResult(right[:, 0].mean().item(), right.sum(dim=1).mean().item(), predicted)

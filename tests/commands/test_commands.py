@@ -1,4 +1,4 @@
-"""What the commands say and leave behind, whatever goes wrong."""
+"""What the commands report and leave behind, whatever goes wrong."""
 import os
 import shutil
 import signal
@@ -7,16 +7,19 @@ import time
 
 import pytest
 import torch
-from support import BIN
 from PIL import Image
+from support import BIN
 
 from mae_nb.weights.building import load_mae
 from mae_nb.weights.reading import read_config
 
 NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False'
 QUICK = *NANO, '--max-steps', '2', '--bs', '20', '--num-workers', '0'
+TWENTY = '--bs', '20', '--set', 'warmup_epochs=0'
+PARTS = ('config.json', 'metrics.csv', 'timing.csv', 'model.safetensors', 'figures/curves.png',
+         'figures/reconstructions.png')
 
-@pytest.mark.parametrize('words, said', [
+@pytest.mark.parametrize('words, message', [
     (('nowhere/at-all',), 'no such folder: nowhere/at-all'),
     (('empty',), 'no images in empty'),
     (('fashon',), "did you mean 'fashion'"),
@@ -33,10 +36,12 @@ QUICK = *NANO, '--max-steps', '2', '--bs', '20', '--num-workers', '0'
     (('fashion', '--device', 'toaster'), '--device toaster cannot be used'),
     (('fashion', '--out', 'full'), 'full is there already and not empty'),
 ])
-def test_a_wrong_argument_gets_one_line_and_exit_code_2(forked, tmp_path, words, said):
-    (tmp_path/'empty').mkdir(); (tmp_path/'full').mkdir(); (tmp_path/'full'/'file').touch()
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(forked, tmp_path, words, message):
+    for folder in ('empty', 'full'):
+        (tmp_path/folder).mkdir()
+    (tmp_path/'full'/'file').touch()
     got = forked('mae-pretrain', *words, '--max-steps', '1')
-    assert got.code == 2 and said in got.line, got
+    assert got.code == 2 and message in got.line, got
 
 def test_settings_that_nobody_knows(forked, tmp_path):
     got = forked('mae-pretrain', 'fashion', MAE_NB_FOO='1')
@@ -51,31 +56,35 @@ def test_an_unknown_flag(terminal):
 
 def test_a_folder_without_a_readable_image(forked, tmp_path):
     (tmp_path/'bad').mkdir()
-    for i in range(30): (tmp_path/'bad'/f'{i}.jpg').write_bytes(b'garbage')
+    for i in range(30):
+        (tmp_path/'bad'/f'{i}.jpg').write_bytes(b'garbage')
     got = forked('mae-pretrain', 'bad', *QUICK)
     assert got.code == 1 and 'could not be read, more than 1%' in got.line
 
 def test_one_bad_file_is_replaced_named_once_and_counted(forked, photos):
     (photos/'odd'/'005.png').write_bytes(b'garbage')
-    got = forked('mae-pretrain', 'photos', *NANO, '--epochs', '2', '--set', 'warmup_epochs=0', '--bs', '20', '--num-workers', '1', '--out', 'run')
+    got = forked('mae-pretrain', 'photos', *NANO, *TWENTY, '--epochs', '2', '--num-workers', '1', '--out', 'run')
     assert got.code == 0, got.err
     assert got.out.count('could not read') == 1 and '005.png' in got.out and '1 files could not be read' in got.out
 
 def test_too_many_bad_files_stop_the_run(forked, photos):
-    for i in (1, 3, 5): (photos/'odd'/f'00{i}.png').write_bytes(b'garbage')
+    for i in (1, 3, 5):
+        (photos/'odd'/f'00{i}.png').write_bytes(b'garbage')
     got = forked('mae-pretrain', 'photos', *QUICK, '--epochs', '1', '--max-steps', '6', '--out', 'run')
     assert got.code == 1 and 'more than 1%' in got.line and 'what was done so far is in run' in got.line
 
 def test_a_run_folder_is_whole_and_can_be_shown_and_fine_tuned(forked, tmp_path, photos):
     got = forked('mae-pretrain', 'photos', *QUICK, '--out', 'run')
     assert got.code == 0, got.err
-    for part in ('config.json', 'metrics.csv', 'timing.csv', 'model.safetensors', 'figures/curves.png', 'figures/reconstructions.png'):
+    for part in PARTS:
         assert (tmp_path/'run'/part).stat().st_size > 0, part
     assert list((tmp_path/'run').glob('events.out.tfevents.*'))
-    for name, mode in (('grey', 'L'), ('clear', 'RGBA')): Image.new(mode, (50, 90)).save(tmp_path/f'{name}.png')
+    for name, mode in (('grey', 'L'), ('clear', 'RGBA')):
+        Image.new(mode, (50, 90)).save(tmp_path/f'{name}.png')
     got = forked('mae-show', 'run', 'grey.png', 'clear.png', '--out', 'shown.png')
     assert got.code == 0 and Image.open(tmp_path/'shown.png').size[0] > 100, got.err
-    got = forked('mae-finetune', 'photos', 'run', '--max-steps', '2', '--bs', '20', '--num-workers', '0', '--out', 'tuned')
+    brief = '--max-steps', '2', '--bs', '20', '--num-workers', '0'
+    got = forked('mae-finetune', 'photos', 'run', *brief, '--out', 'tuned')
     assert got.code == 0 and '12 of its 120 images' in got.out, got.err
     assert read_config(tmp_path/'tuned'/'model.safetensors')['model']['num_classes'] == 2
     got = forked('mae-show', 'tuned', 'grey.png')
@@ -99,29 +108,57 @@ def test_wrong_weights_and_pictures(forked, tmp_path, photos):
 @pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_what_was_done(tmp_path, photos, signum, code):
     "Ctrl-C and SIGTERM in mid-training: the finished epochs' rows and weights are there, and can be loaded."
-    words = 'photos', *NANO, '--bs', '20', '--epochs', '5000', '--set', 'warmup_epochs=0', '--num-workers', '1', '--out', 'run'
-    p = subprocess.Popen([BIN/'mae-pretrain', *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    words = 'photos', *NANO, *TWENTY, '--epochs', '5000', '--num-workers', '1', '--out', 'run'
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([BIN/'mae-pretrain', *words], cwd=tmp_path, start_new_session=True, **pipes)
     rows, end = tmp_path/'run'/'metrics.csv', time.time() + 120
-    while not (rows.exists() and len(rows.read_text().splitlines()) > 1) and time.time() < end: time.sleep(.1)
+    while not (rows.exists() and len(rows.read_text().splitlines()) > 1) and time.time() < end:
+        time.sleep(.1)
     time.sleep(1)
-    os.killpg(p.pid, signum) if signum == signal.SIGINT else p.send_signal(signum)
-    err = p.communicate(timeout=60)[1]
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)   # as a terminal does: to the workers too
+    else:
+        process.send_signal(signum)
+    err = process.communicate(timeout=60)[1]
     lines = [x for x in err.splitlines() if x.strip()]
-    assert p.returncode == code and len(lines) == 1 and 'what was done so far is in run' in lines[0], (p.returncode, err)
+    assert process.returncode == code and len(lines) == 1, (process.returncode, err)
+    assert 'what was done so far is in run' in lines[0]
     assert len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) >= 2
     assert load_mae(tmp_path/'run').encode(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 def test_a_full_disk(forked, tmp_path, photos):
     "One line, and what was written before is whole."
-    disk = tmp_path/'disk'; disk.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True).returncode:
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('a small disk of its own needs root and mount')
     try:
-        got = forked('mae-pretrain', 'photos', *NANO, '--bs', '20', '--epochs', '3', '--set', 'warmup_epochs=0', '--num-workers', '0', '--out', 'disk/run')
+        words = *NANO, *TWENTY, '--epochs', '3', '--num-workers', '0', '--out', 'disk/run'
+        got = forked('mae-pretrain', 'photos', *words)
         assert got.code == 1 and 'no space left on the disk' in got.line, got
         assert (disk/'run'/'config.json').read_text().endswith('}\n')
-        for f in (disk/'run').rglob('*.safetensors'): load_mae(f)
+        for f in (disk/'run').rglob('*.safetensors'):
+            load_mae(f)
         assert not list((disk/'run').rglob('*.part'))
     finally:
         subprocess.run(['umount', disk], check=True)
         shutil.rmtree(disk, ignore_errors=True)
+
+def test_messages_name_flags(forked, tmp_path):
+    "The library names parameters; a command names what is typed."
+    for words, message in ((('fashion', '--resume', 'auto'), '--resume auto needs --out'),
+                           (('--resume', 'nowhere'), 'nowhere is no run folder'),
+                           ((), 'name a data set or a folder of images, or --resume RUN')):
+        got = forked('mae-pretrain', *words)
+        assert got.code == 2 and message in got.line, got
+    got = forked('mae-probe', 'knn', 'fashion', 'run', '--max-steps', '3')
+    assert got.code == 2 and '--max-steps has no meaning for this probe' in got.line, got
+    got = forked('mae-probe', 'linear', 'fashion', 'run', '--recipe', 'knn')
+    assert got.code == 2 and '--recipe knn is a KnnRecipe, the linear probe needs a LinearRecipe' in got.line, got
+
+def test_a_damaged_file_of_ours_is_no_wrong_argument(forked, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'config.json').write_text('{"task": ')
+    got = forked('mae-pretrain', '--resume', 'run')
+    assert got.code == 1 and 'config.json is not JSON' in got.line, got

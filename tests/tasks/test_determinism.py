@@ -5,7 +5,8 @@ NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'warmup_epochs=0'
 
 def weights(forked, tmp_path, data, workers, seed, *more):
     out = tmp_path/f'{workers}-{seed}'
-    got = forked('mae-pretrain', data, '--max-steps', '6', '--bs', '64', '--seed', seed, '--num-workers', workers, '--out', out, *more)
+    words = '--max-steps', '6', '--bs', '64', '--seed', seed, '--num-workers', workers, '--out', out
+    got = forked('mae-pretrain', data, *words, *more)
     assert got.code == 0, got.err
     return (out/'model.safetensors').read_bytes(), (out/'metrics.csv').read_text()
 
