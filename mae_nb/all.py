@@ -35,8 +35,8 @@ PUBLIC = {   # module -> its public names
     'weights.convert': 'save_official save_timm save_hf',
     'weights.hub': 'save_pretrained from_pretrained push_to_hub',
     'training.recipes': '''Recipe PretrainRecipe FinetuneRecipe ScratchRecipe LinearRecipe PartialRecipe AttentiveRecipe
-                           KnnRecipe override mae_options as_config from_config show_recipe''',
-    'training.presets': 'RECIPES default_model default_recipe',
+                           KnnRecipe override mae_options as_config from_config''',
+    'training.presets': 'RECIPES default_model default_recipe show_recipe',
     'training.optim': 'adamw lars warmup_cosine Schedule Accumulate WeightEMA',
     'training.checkpoints': 'Checkpoints newest_checkpoint',
     'training.distributed': 'submit',

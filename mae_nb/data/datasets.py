@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from ..base.errors import MissingFile, UsageError
+from ..base.files import is_remote
 from ..base.keyed import generator, key
 from ..base.names import pick
 from ..base.processes import print_once
 from ..base.settings import setting
 from .archives import TRAIN_TAR, Encoded, Files, Part, ilsvrc_parts, parquet_files, parquet_parts
 from .images import IMAGENET_MEAN, IMAGENET_STD, error_text, file_bytes, read_image, readable_formats
-from .shards import INDEX, check_shards, is_remote, left_out, open_pack, pack, read_index
+from .shards import INDEX, check_shards, left_out, open_pack, pack, read_index
 
 # %% ../../nbs/data/04_datasets.ipynb #a2e5100e
 @dataclass

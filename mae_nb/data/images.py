@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'error_text',
            'printable', 'to_rgb_or_grey', 'readable_formats', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
-           'JpegHead', 'jpeg_head', 'read_or_explain', 'channel_values', 'standardize', 'unstandardize']
+           'JpegHead', 'jpeg_head', 'read_or_explain', 'quiet_worker', 'channel_values', 'standardize', 'unstandardize']
 
 # %% ../../nbs/data/01_images.ipynb #dd151a80
 import io
 import os
 import re
+import signal
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -258,6 +260,14 @@ def read_or_explain(
         raise
     except Exception as e:
         raise UsageError(f'{file} cannot be read as an image: {one_line(e)}') from e
+
+# %% ../../nbs/data/01_images.ipynb #1a9e5001
+def quiet_worker(
+    worker:int,  # its number
+):
+    "Make a worker leave Ctrl-C, which reaches all processes of a terminal, to the main one, and hide PIL's warnings."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
 
 # %% ../../nbs/data/01_images.ipynb #d35a68fd
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)   # of pixels in [0, 1], by channel

@@ -24,8 +24,7 @@ from .augment import augment_of
 from .crops import CenterCrop, Transform, as_transform, eval_crop
 from .datasets import ImageSet, load_source
 from .device_jpeg import DECODE, DeviceDecoder, EncodedBatch, EncodedJpeg, check_device, device_jpeg
-from .images import error_text, printable, read_image
-from .shards import quiet_worker
+from .images import error_text, printable, quiet_worker, read_image
 
 # %% ../../nbs/data/09_loader.ipynb #723299dd
 class KeyedBatches:

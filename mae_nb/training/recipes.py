@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'MODEL_FIELDS', 'Recipe', 'TrainedRecipe', 'PretrainRecipe', 'mae_options', 'FinetuneRecipe',
            'ScratchRecipe', 'LinearRecipe', 'PartialRecipe', 'AttentiveRecipe', 'KnnRecipe', 'override', 'as_config',
-           'from_config', 'show_recipe']
+           'from_config']
 
 # %% ../../nbs/training/01_recipes.ipynb #43f8ba38
 import ast
@@ -83,14 +83,11 @@ def check_value(
 ):
     "Raise an error for a value that no training can use."
     numbers = value if kind is tuple else (value,)
-    numeric = kind in (tuple, float, int)
-    if numeric and not all(map(_is_finite, numbers)):
+    finite = all(type(x) in (int, float, bool) and abs(x) < 1e12 for x in numbers)
+    if kind in (tuple, float, int) and not finite:
         raise UsageError(f'{name} takes finite numbers, got {str(value)[:50]!r}')
     if rule and not rule.holds(value):
         raise UsageError(f'{name} must be {rule.text}, got {value!r}')
-
-def _is_finite(value) -> bool:
-    return type(value) in (int, float, bool) and abs(value) < 1e12
 
 # %% ../../nbs/training/01_recipes.ipynb #b9d52f8b
 SWITCHES = ('compile', 'checkpointing', 'fp8')   # fields for a step's speed or memory; results stay (float8: nearly)
@@ -104,15 +101,12 @@ class Recipe:
     augment = 'random'       # a row of Table 1e
     randaugment = ''         # none
     erase = 0.               # share of images that lose a box
-    mixup = 0.               # none
-    cutmix = 0.              # none
+    mixup = cutmix = 0.      # none
     label_smoothing = 0.     # none
     clip = 0.                # no largest norm of the gradient
     ema = 0.                 # no average of the weights
     amp = False              # float32
-    compile = 'none'
-    checkpointing = False
-    fp8 = False
+    compile, checkpointing, fp8 = 'none', False, False
 
     batch_size: int = entry(rule=AT_LEAST_ONE, words='batch size')
     crop_scale: tuple = entry(rule=AREA, words='random resized crop')
@@ -127,8 +121,7 @@ class Recipe:
     def switches(self) -> dict:
         "The switches that are fields of this recipe, for `apply_switches`."
         own = [f.name for f in fields(self)]
-        names = [name for name in SWITCHES if name in own]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SWITCHES if name in own}
 
 # %% ../../nbs/training/01_recipes.ipynb #9c45be75
 @dataclass(frozen=True)
@@ -356,23 +349,3 @@ def from_config(
     return override(kind(), {name: value for name, value in config.items() if name != 'kind'})
 
 _KINDS = (PretrainRecipe, FinetuneRecipe, ScratchRecipe, LinearRecipe, PartialRecipe, AttentiveRecipe, KnnRecipe)
-
-# %% ../../nbs/training/01_recipes.ipynb #4a6a6e05
-def show_recipe(
-    recipe,  # any recipe
-) -> str:
-    "The recipe as a table: the paper's words, the value, its source."
-    rows = [type(recipe).__doc__]
-    for name, facts in describe_fields(type(recipe)).items():
-        words, source = facts.get('words', name), facts.get('source', '')
-        value = _printed(getattr(recipe, name))
-        rows.append(f'{words:20} {value:22} {source}')
-    return '\n'.join(rows)
-
-def _printed(value) -> str:
-    "A field's value as a table shows it."
-    if value == '':
-        return 'none'
-    if isinstance(value, tuple):
-        return ', '.join(map(str, value))
-    return f'{value:g}' if isinstance(value, float) else str(value)
