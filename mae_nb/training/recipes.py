@@ -120,8 +120,7 @@ class Recipe:
     @property
     def switches(self) -> dict:
         "The switches that are fields of this recipe, for `apply_switches`."
-        own = [f.name for f in fields(self)]
-        return {name: getattr(self, name) for name in SWITCHES if name in own}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in SWITCHES}
 
 # %% ../../nbs/training/01_recipes.ipynb #9c45be75
 @dataclass(frozen=True)
