@@ -9,6 +9,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -76,9 +77,14 @@ def imports_against_the_table(folder: Path) -> list[str]:
     return [f'{file.relative_to(folder)} imports {target.relative_to(folder)}' for file, target in wrong]
 
 
+def without_all(text: str) -> str:
+    "A module without the list of names that nbdev writes."
+    return re.sub(r"^__all__ = \[.*?\]\n", '', text, flags=re.M | re.S)
+
+
 def structure(folder: Path) -> dict:
     "Sizes of modules and functions."
-    texts = {str(f.relative_to(folder/'mae_nb')): f.read_text() for f in module_files(folder)}
+    texts = {str(f.relative_to(folder/'mae_nb')): without_all(f.read_text()) for f in module_files(folder)}
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
     widths = [len(line) for text in texts.values() for line in text.splitlines()]
     rows = [row for text in texts.values() for row in functions(text)]

@@ -1,8 +1,4 @@
-"""Masked autoencoders, taught in notebooks and trained with fastai
-
-Modules:
-
-- `mae_nb.data_files.make_fashion`: Make mae_nb/data_files/fashion.npz: the class-balanced part of Fashion-MNIST that ships with the package."""
+"""Masked autoencoders, taught in notebooks and trained with fastai"""
 
 import warnings
 

@@ -69,7 +69,8 @@ def llms():
     "nbs/llms.txt: what exists, for a reader that is a machine."
     chapters = sorted((ROOT/'nbs').rglob('[0-9]*.ipynb')) + [ROOT/'nbs'/'commands.ipynb', ROOT/'nbs'/'all.ipynb']
     lines = ['# mae_nb', '', '> Masked autoencoders, taught in notebooks and trained with fastai', '']
-    lines += ['A chapter `nbs/package/NN_module.ipynb` exports the module `mae_nb.package.module`.', '', '## Chapters', '']
+    lines += ['A chapter `nbs/package/NN_module.ipynb` exports the module `mae_nb.package.module`.', '']
+    lines += ['## Chapters', '']
     lines += [f'- [{f.relative_to(ROOT)}]({f.relative_to(ROOT/"nbs")}): {summary(f)}' for f in chapters]
     lines += ['', '## Tutorials', '']
     tutorials = sorted((ROOT/'tutorials').glob('*.ipynb'))

@@ -1,11 +1,7 @@
-"""Make mae_nb/data_files/fashion.npz: the class-balanced part of Fashion-MNIST that ships with the package.
-
-    python mae_nb/data_files/make_fashion.py FOLDER [OUT]
-
-FOLDER holds the four original .gz files (Debian's package dataset-fashion-mnist puts them into
-/usr/share/datasets/fashion-mnist). Taken are the first 1,000 training and the first 200 test images of each class,
-in the files' order; the result is the same, byte for byte, each time.
-"""
+"""Make mae_nb/data_files/fashion.npz: python mae_nb/data_files/make_fashion.py FOLDER [OUT]"""
+# FOLDER holds the four original .gz files (Debian's package dataset-fashion-mnist puts them into
+# /usr/share/datasets/fashion-mnist). The script takes the first 1,000 training and the first 200 test images of each
+# class, in the files' order; the result is the same, byte for byte, each time.
 import gzip
 import io
 import sys
@@ -28,12 +24,16 @@ def first_per_class(folder, part, count):
     return images[keep], labels[keep]
 
 def main(folder, out='mae_nb/data_files/fashion.npz'):
-    (train_x, train_y), (test_x, test_y) = first_per_class(folder, 'train', 1000), first_per_class(folder, 't10k', 200)
-    arrays = dict(train_images=train_x, train_labels=train_y, test_images=test_x, test_labels=test_y, classes=np.array(CLASSES))
+    train_x, train_y = first_per_class(folder, 'train', 1000)
+    test_x, test_y = first_per_class(folder, 't10k', 200)
+    arrays = dict(train_images=train_x, train_labels=train_y, test_images=test_x, test_labels=test_y)
+    arrays['classes'] = np.array(CLASSES)
     with zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED, compresslevel=9) as z:
         for name, a in arrays.items():
             buf = io.BytesIO()
             np.save(buf, a, allow_pickle=False)
-            z.writestr(zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0)), buf.getvalue(), zipfile.ZIP_DEFLATED)
+            info = zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0))
+            z.writestr(info, buf.getvalue(), zipfile.ZIP_DEFLATED)
 
-if __name__ == '__main__': main(Path(sys.argv[1]), *sys.argv[2:])
+if __name__ == '__main__':
+    main(Path(sys.argv[1]), *sys.argv[2:])

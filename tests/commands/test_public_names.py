@@ -5,11 +5,11 @@ After a deliberate change, `python tests/commands/test_public_names.py` writes t
 import json
 import subprocess
 import sys
-import tomllib
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
+import tomllib
 from fastcore.docments import docments
 
 ROOT = Path(__file__).resolve().parents[2]

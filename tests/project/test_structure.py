@@ -3,7 +3,7 @@ import ast
 
 from support import ROOT
 
-from bench.structure import functions, imports_against_the_table, module_files
+from bench.structure import functions, imports_against_the_table, module_files, without_all
 
 FILES = module_files(ROOT)
 TEXTS = {str(f.relative_to(ROOT/'mae_nb')): f.read_text() for f in FILES}
@@ -28,7 +28,8 @@ def test_an_import_goes_up_the_table_only():
 
 def test_modules_and_lines_are_short():
     assert {name: len(t.splitlines()) for name, t in TEXTS.items() if len(t.splitlines()) > 350} == {}
-    assert {name: line for name, t in TEXTS.items() for line in t.splitlines() if len(line) > 120} == {}
+    lines = [(name, line) for name, t in TEXTS.items() for line in without_all(t).splitlines()]
+    assert [(name, line) for name, line in lines if len(line) > 120] == []
 
 
 def test_functions_are_short():
