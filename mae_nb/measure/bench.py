@@ -34,7 +34,7 @@ from ..model.costs import step_flops
 from ..model.mae import MAE, create_mae
 from ..tasks.features import get_encoder
 from ..tasks.pretrain import pretrain_learner
-from ..training.checkpoints import read_checkpoint, run_state, save_checkpoint
+from ..training.state import read_checkpoint, run_state, save_checkpoint
 from ..training.optim import adamw, pretrain_groups
 from ..training.presets import RECIPES
 from ..training.recipes import MODEL_FIELDS, SWITCHES, mae_options, override

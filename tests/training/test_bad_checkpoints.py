@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import numbered
 
-from mae_nb.training.checkpoints import BadCheckpoint, newest_checkpoint, read_checkpoint
+from mae_nb.training.state import BadCheckpoint, newest_checkpoint, read_checkpoint
 from mae_nb.weights.reading import checkpoints_in
 
 LENGTHS = 0, 2, 2**20, 2**40, 2**63, 2**64 - 1

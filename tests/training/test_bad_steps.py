@@ -11,7 +11,7 @@ from fastai.callback.core import Callback
 from tiny_runs import WORDS, in_fork, learner, signals, step_in_name
 
 from mae_nb.data.loader import KeyedBatches
-from mae_nb.training.checkpoints import newest_checkpoint, optimizer_states, same_bits, save_checkpoint
+from mae_nb.training.state import newest_checkpoint, optimizer_states, same_bits, save_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='trains in forked processes, which Windows lacks')
 

@@ -26,11 +26,11 @@ from mae_nb.model.mae import create_mae
 from mae_nb.tasks.finetune import finetune_learner, partial_learner
 from mae_nb.tasks.pretrain import pretrain_learner
 from mae_nb.tasks.probes import linear_probe_learner
-from mae_nb.training.checkpoints import newest_checkpoint, whole_tensor
 from mae_nb.training.distributed import PARALLEL
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
 from mae_nb.training.runs import make_run
+from mae_nb.training.state import newest_checkpoint, whole_tensor
 from mae_nb.training.switches import compile_model
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks processes, which Windows cannot')

@@ -20,7 +20,7 @@ from tiny_runs import (
     worker_kills,
 )
 
-from mae_nb.training.checkpoints import newest_checkpoint
+from mae_nb.training.state import newest_checkpoint
 from mae_nb.weights.reading import checkpoints_in
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes, which Windows lacks')

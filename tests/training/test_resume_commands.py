@@ -10,7 +10,7 @@ import pytest
 from support import begin_command, exit_code, fork
 from tiny_runs import WORDS, check_same, few, run_command, signals, step_in_name, steps_of
 
-from mae_nb.training.checkpoints import newest_checkpoint, read_checkpoint
+from mae_nb.training.state import newest_checkpoint, read_checkpoint
 from mae_nb.weights.reading import checkpoints_in
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes, which Windows lacks')

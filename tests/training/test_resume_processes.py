@@ -16,7 +16,7 @@ from support import BIN
 from tiny_runs import Steps, check_same, event, fork_ranks, half_a_save, learner, steps_of
 
 from mae_nb.base.processes import process_group, rank
-from mae_nb.training.checkpoints import newest_checkpoint
+from mae_nb.training.state import newest_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes, which Windows lacks')
 

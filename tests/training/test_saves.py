@@ -14,8 +14,9 @@ import torch
 from support import exit_code, fork
 from tiny_runs import call, numbered
 
-from mae_nb.training import checkpoints
-from mae_nb.training.checkpoints import Checkpoints, newest_checkpoint
+from mae_nb.training import checkpoints, state
+from mae_nb.training.checkpoints import Checkpoints
+from mae_nb.training.state import newest_checkpoint
 from mae_nb.weights.reading import checkpoints_in
 
 resource = pytest.importorskip('resource', reason='kills forked processes, which Windows lacks')
@@ -58,8 +59,8 @@ def fails(owner, name, n, number):
     def fail(): raise OSError(number, os.strerror(number))
     return call(owner, name, n, do=fail)
 
-CALLS = [(checkpoints, 'save_file', 1), (Path, 'chmod', 1), (os, 'open', 1), (os, 'fsync', 1), (os, 'close', 1),
-         (checkpoints.safetensors, 'safe_open', 1), (checkpoints, 'sha256', 1), (os, 'replace', 1), (os, 'open', 2),
+CALLS = [(state, 'save_file', 1), (Path, 'chmod', 1), (os, 'open', 1), (os, 'fsync', 1), (os, 'close', 1),
+         (state.safetensors, 'safe_open', 1), (state, 'sha256', 1), (os, 'replace', 1), (os, 'open', 2),
          (os, 'fsync', 2), (os, 'close', 2), (Path, 'unlink', 1), (checkpoints, 'prune', 1), (Path, 'unlink', 2)]
 
 @pytest.mark.parametrize('owner, name, n', CALLS, ids=[f'{name} {n}' for _, name, n in CALLS])

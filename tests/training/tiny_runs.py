@@ -20,12 +20,12 @@ from mae_nb.model.mae import create_mae
 from mae_nb.tasks.finetune import finetune_learner
 from mae_nb.tasks.pretrain import pretrain_learner
 from mae_nb.tasks.probes import linear_probe_learner
-from mae_nb.training import checkpoints
-from mae_nb.training.checkpoints import newest_checkpoint, same_bits, save_checkpoint
+from mae_nb.training import checkpoints, state
 from mae_nb.training.guard import Guard
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
 from mae_nb.training.runs import RunWriter, make_run
+from mae_nb.training.state import newest_checkpoint, same_bits, save_checkpoint
 
 # ---- a run and its lives -------------------------------------------------------------------------------------------
 
@@ -144,14 +144,14 @@ def call(owner, name, n, after=False, do=die):
 def half_a_save(n):
     "Die when the n-th checkpoint is written in half."
     def moment():
-        real, left = checkpoints.save_file, [n]
+        real, left = state.save_file, [n]
         def cut(tensors, file, **kwargs):
             real(tensors, file, **kwargs)
             left[0] -= 1
             if left[0] == 0:
                 os.truncate(file, os.path.getsize(file) // 2)
                 die()
-        checkpoints.save_file = cut
+        state.save_file = cut
     return moment
 
 def half_a_row(n):
@@ -183,14 +183,14 @@ MOMENTS = {
     'after the last step': event('after_step', 18),
     'after a batch, not saved yet': event('after_batch', 15, 64),
     'after a batch, being saved': event('after_batch', 32, 66),
-    'before a save': call(checkpoints, 'save_file', 3),
+    'before a save': call(state, 'save_file', 3),
     'in a save': half_a_save(4),
-    'written, not flushed': call(checkpoints, 'save_file', 2, True),
+    'written, not flushed': call(state, 'save_file', 2, True),
     'in the first save': half_a_save(1),
-    'before fsync': call(checkpoints, 'flush_to_disk', 7),
-    'after fsync': call(checkpoints, 'flush_to_disk', 9, True),
-    'before rename': call(checkpoints.os, 'replace', 5),
-    'after rename': call(checkpoints.os, 'replace', 4, True),
+    'before fsync': call(state, 'flush_to_disk', 7),
+    'after fsync': call(state, 'flush_to_disk', 9, True),
+    'before rename': call(os, 'replace', 5),
+    'after rename': call(os, 'replace', 4, True),
     'before pruning': call(checkpoints, 'prune', 5),
     'while pruning': call(Path, 'unlink', 9, True),
     'between training and validation': event('after_train', 1),
