@@ -35,18 +35,17 @@ class MaskNoise(Callback):
     "Give the model its mask's noise, keyed by seed, epoch and sample; the same masks in every validation."
     order = -7
     def __init__(self,
-        seed:int,          # the run's seed
-        mask_ratio:float,  # share of patches removed, in (0, 1)
-        repeats:int=1,     # training samples of each image, which follow one another in the batch
+        seed:int,        # the run's seed
+        repeats:int=1,   # training samples of each image, which follow one another in the batch
     ):
-        self.seed, self.mask_ratio, self.repeats = seed, mask_ratio, repeats
+        self.seed, self.repeats = seed, repeats
 
     def before_batch(self):
         index = self.yb[0]
         epoch, repeats = (self.epoch, self.repeats) if self.training else (0, 1)
         repeat = torch.arange(len(index), device=index.device) % repeats
         noise = uniform(key(self.seed, epoch, index, 'mask', repeat), self.model.num_patches)
-        self.learn.xb = (self.xb[0], self.mask_ratio, noise)
+        self.learn.xb = (self.xb[0], None, noise)   # None: the model's own mask ratio
 
     def after_pred(self):
         self.learn.pred = tuple(self.pred)   # fastai cannot carry named tuples
@@ -66,7 +65,7 @@ def check_model(
 ):
     "Raise a clear error where model and recipe differ."
     own = dict(target=model.target.name, mask_ratio=model.mask_ratio)
-    config = getattr(model, 'config', {})
+    config = model.config
     if config:
         defaults = {p.name: p.default for p in signature(create_mae).parameters.values()}
         own = defaults | SIZES[config['name']] | config
@@ -115,7 +114,7 @@ def pretrain_learner(
         patches = fit_target(model, images, seed)
         print_once(f'target {model.target.name!r} fitted on {patches:,} patches of {images.name}')
     groups = partial(pretrain_groups, weight_decay=recipe.weight_decay)
-    noise = MaskNoise(seed, recipe.mask_ratio, recipe.repeats)
+    noise = MaskNoise(seed, recipe.repeats)
     return TaskLearner(dls, model, recipe, groups, model_loss, out=out, max_steps=max_steps, cbs=[noise, *cbs],
                        **kwargs)
 

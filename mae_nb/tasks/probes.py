@@ -44,7 +44,7 @@ class FrozenProbe(nn.Module):
     ):
         super().__init__()
         self.encoder, self.head = deepcopy(encoder).requires_grad_(False), head
-        own = getattr(encoder, 'config', {}) if config is None else config
+        own = encoder.config if config is None else config
         own = {k: v for k, v in own.items() if k != 'drop_path'}
         self.config = own | dict(num_classes=head.out_features, probe=type(head).__name__)
 
@@ -83,7 +83,7 @@ def _probe_learner(dls, model, recipe, head, seed, **kwargs) -> TaskLearner:
     check_labels(dls, classes)
     if dls.train.bs < 2:
         raise UsageError("the probe's batch norm needs at least two images in a batch: use bs=2 or more")
-    config = getattr(encoder, 'config', None) or getattr(model, 'config', {})
+    config = encoder.config or getattr(model, 'config', {})   # a model of your own may have none
     config = {k: v for k, v in config.items() if k not in ('target', 'mask', 'mask_ratio')}   # of the encoder alone
     probe = FrozenProbe(encoder, seeded(seed, head, encoder.dim, classes), config)
     groups = lambda m: param_groups(m, recipe.weight_decay, lambda name, p: p.ndim <= 1)
