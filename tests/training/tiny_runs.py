@@ -157,7 +157,7 @@ def half_a_save(n):
 def half_a_row(n):
     "Die when the n-th row of the tables is written in half."
     def moment():
-        real, left = RunWriter.row, [n]
+        real, left = RunWriter.write_row, [n]
         def cut(self, file, values):
             left[0] -= 1
             if left[0]:
@@ -165,7 +165,7 @@ def half_a_row(n):
             with open(self.out/file, 'a') as f:
                 f.write('0,0.12')
             die()
-        RunWriter.row = cut
+        RunWriter.write_row = cut
     return moment
 
 worker_kills = call(Samples, 'visit', 150, do=kill_main)   # counted in each worker
