@@ -83,7 +83,7 @@ def _remains(out:str|Path|None, code:int) -> str:
     if code == 2 or not out or not Path(out).is_dir():
         return ''
     from mae_nb.weights.reading import checkpoints_in
-    resume = f'; go on with --resume {out}' if checkpoints_in(Path(out)/'checkpoints') else ''
+    resume = f'; resume it with --resume {out}' if checkpoints_in(Path(out)/'checkpoints') else ''
     return f'; what was done so far is in {out}{resume}'
 
 # %% ../nbs/commands.ipynb #888fed7d
@@ -123,7 +123,7 @@ def mae_pretrain(
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
-    resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
+    resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     debug:bool=False,      # show the whole traceback of an error
@@ -161,7 +161,7 @@ def mae_finetune(
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     json:str=None,         # also write the numbers to this file
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
-    resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
+    resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     debug:bool=False,      # show the whole traceback of an error
@@ -196,7 +196,7 @@ def mae_probe(
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     json:str=None,         # also write the numbers to this file
-    resume:str=None,       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
+    resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     debug:bool=False,      # show the whole traceback of an error
@@ -244,7 +244,7 @@ def mae_convert(
     model:str=None,        # the model's name, for weights that do not say it
     debug:bool=False,      # show the whole traceback of an error
 ):
-    "Turn weights of one layout into another's."
+    "Convert weights from one layout to another."
     with command(mae_convert, debug):
         from mae_nb.weights.convert import convert
         options = {} if model is None else dict(name=model)
@@ -254,7 +254,7 @@ def mae_convert(
 @call_parse
 def mae_pack(
     source:str,            # a folder of images, of ILSVRC's tars or of parquet files; or a packed folder
-    out:Positional=None,   # the folder to write, new or begun by the same command; none to check a packed `source`
+    out:Positional=None,   # the folder to write, new or started by the same command; none to check a packed `source`
     # longest side in pixels: longer images are re-encoded as JPEG, none is enlarged; by default files are kept as they
     # are
     max_side:int=None,
@@ -264,7 +264,7 @@ def mae_pack(
     num_workers:int=None,  # processes; by default one a core
     debug:bool=False,      # show the whole traceback of an error
 ):
-    "Pack images into checked shards, or go on packing, or check them."
+    "Pack images into checked shards, resume packing, or check them."
     with command(mae_pack, debug) as run:
         from mae_nb.data.datasets import pack_source, pack_text
         run.out = out
@@ -282,7 +282,7 @@ def mae_check(
     json:str=None,         # also write all that was found to this file
     debug:bool=False,      # show the whole traceback of an error
 ):
-    "Read a data set once and list what a run would stumble on; exits with 1 where a file cannot be read."
+    "Read a data set once and list what would trouble a run; exits with 1 where a file cannot be read."
     with command(mae_check, debug):
         from mae_nb.data.check import check_source, check_table
         from mae_nb.model.mae import SIZES
@@ -345,7 +345,7 @@ def mae_plan(
     json:str=None,         # also write the plan to this file
     debug:bool=False,      # show the whole traceback of an error
 ):
-    "Tell what a run will take: operations, memory, hours and cost."
+    "Report what a run will cost: operations, memory, hours and money."
     with command(mae_plan, debug):
         from mae_nb.measure.plan import plan, plan_text
         from mae_nb.training.runs import write_json
@@ -363,7 +363,7 @@ def mae_replay(
     json:str=None,         # also write what was found to this file
     debug:bool=False,      # show the whole traceback of an error
 ):
-    "Do a step again whose loss or gradient was no number, and say where it went wrong."
+    "Repeat a step whose loss or gradient was not finite, and report where it went wrong."
     with command(mae_replay, debug):
         from mae_nb.tasks.replay import replay
         return replay(step, device=device, json=json)

@@ -111,7 +111,7 @@ def check_table(
         lines += _listed(f'classes of {part} with fewer than {report["few"]} images', few, most)
         bad = [f'{b["file"]}: {b["reason"]}' for b in p['bad']]
         lines += _listed(f'files of {part} that cannot be read', bad, most)
-    lines += _listed('images that stand in both training and validation', map(' = '.join, report['leaks']), most)
+    lines += _listed('images in both training and validation', map(' = '.join, report['leaks']), most)
     lines += _listed('groups of images with the same bytes', map(' = '.join, report['duplicates']), most)
     return '\n'.join(lines)
 
@@ -141,7 +141,7 @@ def check_source(
     img_size:int=224,          # side of a crop in pixels; smaller images are counted
     few:int=10,                # classes with fewer images are named
 ) -> dict:                     # as from `check_data`
-    "Read a data set once and report what a run would stumble on."
+    "Read a data set once and report what would trouble a run."
     sets = {part: s for part, s in zip(('train', 'valid'), load_source(source)) if s is not None}
     if num_workers is None:
         num_workers = 0 if sets['train'].in_memory else os.cpu_count() or 1

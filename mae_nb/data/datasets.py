@@ -309,7 +309,7 @@ def pack_source(
         index = read_index(source)
         check_shards(source, index)
         if not index['complete']:
-            raise UsageError(f'{source} is not finished: run the same mae-pack again, it goes on where it was cut off')
+            raise UsageError(f'{source} is not finished: run the same mae-pack again, it resumes where it stopped')
         return index
     if quality is not None and max_side is None:
         raise UsageError('`quality` has no meaning without `max_side`: files are kept as they are')

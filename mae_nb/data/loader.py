@@ -136,7 +136,7 @@ class Samples(Dataset):
                 number = key(self.seed, epoch, index, 'replace', len(bad)) % len(self)
         # the loader raises the error: one that a worker raises comes wrapped in a traceback
         black = torch.zeros(self.images.in_chans, *self.size, dtype=torch.uint8)
-        return black, number, [*bad, (None, 'no stand-in found')]
+        return black, number, [*bad, (None, 'no replacement found')]
 
     def _read_image(self, number:int, sample:tuple, shrink:Callable, decode:str):
         "An image, or an `EncodedJpeg` if the device is to decode it."
@@ -259,7 +259,7 @@ class Loader:
                     self.noted = True
                     file = printable(self.dataset.images.file(i))
                     print(f'note: {self.decoder.device} cannot decode {file}, the CPU does; '
-                          'others like it are not told', flush=True)
+                          'others like it are not reported', flush=True)
             yield imgs, index, labels, bad
 
     def _note(self, bad:list):
@@ -270,7 +270,7 @@ class Loader:
         new = dict(islice(new.items(), max(allowed + 1 - len(self.bad), 0)))   # the first one too many stops the run
         named = {printable(self.dataset.images.file(number)): reason for number, reason in new.items()}
         for file, reason in named.items():
-            print(f'could not read {file}, another image stands in for it: {reason}', flush=True)
+            print(f'could not read {file}, another image replaces it: {reason}', flush=True)
         self.bad |= new
         if self.record and named:
             record_bad(self.record, named)

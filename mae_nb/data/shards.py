@@ -156,11 +156,11 @@ def _jobs(parts:dict, per_shard:int) -> list[_Job]:
     return jobs
 
 def _begin(out:Path, plan:dict, skip_bad:bool) -> dict:
-    "The list of shards in `out`: a new one, or one begun with the same plan, without the shards to be written again."
+    "The list of shards in `out`: a new one, or one started with the same plan, without the shards to be written again."
     if (out/INDEX).is_file():
         index = read_index(out)
         if differ := sorted(k for k in plan if index['plan'].get(k) != plan[k]):
-            raise UsageError(f'{out} was begun from another source or with other options ({", ".join(differ)}): '
+            raise UsageError(f'{out} was started from another source or with other options ({", ".join(differ)}): '
                              'name another folder, or delete it')
         for f in out.glob('*.part'):
             f.unlink()
@@ -168,7 +168,7 @@ def _begin(out:Path, plan:dict, skip_bad:bool) -> dict:
         kept = {f: row for f, row in done.items() if skip_bad or not row['left_out']}
         return index | dict(shards=kept)
     if out.is_dir() and any(out.iterdir()):
-        raise UsageError(f'{out} is there already and not empty: name another folder')
+        raise UsageError(f'{out} exists already and is not empty: name another folder')
     out.mkdir(parents=True, exist_ok=True)
     return dict(plan=plan, complete=False, shards={})
 
@@ -182,7 +182,7 @@ def _write_index(out:Path, index:dict):
 # %% ../../nbs/data/03_shards.ipynb #6b445cda
 def pack(
     parts:dict[str, Part],   # train and, optionally, val
-    out:str|Path,            # the folder: new, empty, or begun by the same call
+    out:str|Path,            # the folder: new, empty, or started by the same call
     *,
     read:Callable=read_image,  # as in `reencode`
     max_side:int|None=None,  # longest side in pixels: longer images are re-encoded; None keeps the original bytes
@@ -319,7 +319,7 @@ def open_pack(
     require('pyarrow', 'pack')
     index = read_index(source)
     if not index['complete']:
-        raise UsageError(f'{source} is not finished: run the same mae-pack again, it goes on where it was cut off')
+        raise UsageError(f'{source} is not finished: run the same mae-pack again, it resumes where it stopped')
     if is_remote(source):
         folder, uri = (cache or setting('downloads')/'packed')/_cache_name(source, index), str(source)
     else:

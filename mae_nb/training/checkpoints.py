@@ -162,7 +162,7 @@ class Checkpoints(Callback):
             self.tables.restore(run['files'])
             if done:
                 self.mark_done({})
-        self.say(f'goes on at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}')
+        self.say(f'resumes at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}')
         if finished:
             self.say(f'fit {self.fits + 1} of {self.out} is finished already')
             raise CancelFitException()
@@ -184,7 +184,7 @@ class Checkpoints(Callback):
         for k in before | now:
             old, new = before.get(k), now.get(k)
             if old != new:
-                raise UsageError(f'{self.out} was begun with {k} = {old!r}, and now {k} = {new!r}: '
+                raise UsageError(f'{self.out} was started with {k} = {old!r}, and now {k} = {new!r}: '
                                  'make both the same, or choose another run folder')
 
     # ---- saving ---------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class Checkpoints(Callback):
             line = f'no space left on the disk for a checkpoint in {self.folder}; the older ones there are whole'
             if self.if_full == 'stop':
                 raise OSError(f'{line}: free some') from e
-            print(f'{line}; training goes on without', flush=True)
+            print(f'{line}; training continues without', flush=True)
 
     # ---- the end --------------------------------------------------------------------------------------------------
     def after_fit(self):

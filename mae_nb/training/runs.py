@@ -82,8 +82,8 @@ def _open_run(out:Path, config:dict, resume:bool) -> Exception|None:
         if (out/'config.json').is_file() and resume:
             return _check_same_run(out, config, versions)
         if _is_used(out):
-            advice = '' if resume else ', or go on with `resume`'
-            raise UsageError(f'{out} is there already and not empty: choose another `out`{advice}')
+            advice = '' if resume else ', or resume the run with `resume`'
+            raise UsageError(f'{out} exists already and is not empty: choose another `out`{advice}')
         for part in ('checkpoints', 'figures'):
             (out/part).mkdir(parents=True, exist_ok=True)
         with write_atomically(out/'config.json') as f:
@@ -114,12 +114,12 @@ def _check_same_run(out:Path, config:dict, versions:dict):
         if k in ('versions', 'options', 'command'):   # how the run was asked for, not what it is
             continue
         if begun.get(k) != config.get(k):
-            raise UsageError(f'{out} was begun with {k} = {begun.get(k)!r}, and now {k} = {config.get(k)!r}: '
+            raise UsageError(f'{out} was started with {k} = {begun.get(k)!r}, and now {k} = {config.get(k)!r}: '
                              'make both the same, or choose another `out`')
     before = begun.get('versions', {})
     changed = [f'{k} {before.get(k)} -> {v}' for k, v in versions.items() if before.get(k) != v]
     if changed:
-        print(f'note: {out} was begun with other versions ({", ".join(changed)}): '
+        print(f'note: {out} was started with other versions ({", ".join(changed)}): '
               'the rest may differ in the last digits', flush=True)
 
 # %% ../../nbs/training/11_runs.ipynb #000c783d
@@ -206,7 +206,7 @@ def report_run(
         return
     unreadable = sum(len(dl.bad) for dl in learn.dls.loaders)
     if unreadable:
-        print(f'{unreadable} files could not be read; other images stood in for them')
+        print(f'{unreadable} files could not be read; other images replaced them')
     print(f'peak memory {memory_gib(learn.dls.device):.2f} GiB')
     print(f'run folder  {out}')
     for f in sorted((Path(out)/'figures').glob('*.png')):
@@ -258,7 +258,7 @@ class RunOptions:
     device:str=None       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu'      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
     parallel:str='ddp'    # several processes: ddp, each has the whole model; or fsdp, each holds a part
-    resume:str=None       # a run folder: go on with it; or auto: go on with --out if it is there, else begin it
+    resume:str=None       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop'    # stop, or continue without saving, when the disk is full
     json:str=None         # also write the numbers to this file
@@ -301,10 +301,10 @@ class RunOptions:
         return config | {k: absolute_path(config[k]) for k in ('data', 'weights') if k in config}
 
     def resumed(self) -> 'RunOptions':
-        "The options that hold: with `resume`, those that the run was begun with, and the new ones that may change."
+        "The options that hold: with `resume`, those that the run was started with, and the new ones that may change."
         if self.resume in (None, 'auto'):
             if self.resume and not self.out:
-                raise UsageError('resume=auto needs `out`, the run folder to make or to go on with')
+                raise UsageError('resume=auto needs `out`, the run folder to make or to resume')
             if self.data is None:
                 raise UsageError('name a data set or a folder of images, or resume=RUN')
             return self
@@ -312,8 +312,8 @@ class RunOptions:
         changed = [f.name for f in fields(self) if f.name != 'resume' and getattr(self, f.name) != f.default]
         for name in changed:
             if name not in FREE:
-                raise UsageError(f'`{name}` has no effect with resume={self.resume}, which goes on as it was begun: '
-                                 'leave it out')
+                raise UsageError(f'`{name}` has no effect with resume={self.resume}, '
+                                 'which resumes with its own options: leave it out')
         given = {name: getattr(self, name) for name in changed}
         return replace(begun, **given, out=str(self.resume), resume='auto')   # which finds the run in `out`
 
@@ -333,7 +333,7 @@ def read_options(
     if options is None and isinstance(flags, dict):
         maker, options = str(flags.get('name')).replace('_', '-'), flags.get('flags')
     if maker not in COMMANDS.values() or not isinstance(options, dict):
-        raise UsageError(f'{run} was not made by a command that can go on: in Python, '
+        raise UsageError(f'{run} was not made by a command that can resume it: in Python, '
                          'make_run(..., resume=True) and fit again')
     return maker, options
 
@@ -341,10 +341,10 @@ def begun_options(
     run:str|Path,  # a run folder
     kind:type,     # `RunOptions`, or a task's subclass
 ) -> RunOptions:
-    "The options that a run was begun with."
+    "The options that a run was started with."
     maker, options = read_options(run)
     if maker != kind.command:
-        raise UsageError(f'{run} was made by {maker}: go on with that command')
+        raise UsageError(f'{run} was made by {maker}: resume it with that command')
     for name in options:
         pick(name, [f.name for f in fields(kind)], f'option in {Path(run)/"config.json"}:')
     return kind(**options)

@@ -28,7 +28,7 @@ from .reading import Weights, open_weights
 def _write(
     state:dict,       # names to tensors
     file:str|Path,    # .safetensors, or else a pickle
-    **more,           # more for a pickle, in which the tensors then stand under `model`
+    **more,           # more for a pickle, in which the tensors are then under `model`
 ):
     "Write a state dict, whole or not at all."
     state = {k: v.contiguous() for k, v in state.items()}
@@ -241,7 +241,7 @@ def convert(
     if predicts and stated and stated != predicts:
         raise UsageError(f'{weights.where} says that it predicts {stated}, not {predicts}')
     if target.exists():
-        raise UsageError(f'{target} is there already: name another or remove it')
+        raise UsageError(f'{target} exists already: name another or remove it')
     try:
         ours = to_ours(weights.state)
         with warnings.catch_warnings(record=True) as caught:

@@ -143,7 +143,7 @@ def _download(
             reason = str(getattr(e, 'reason', e)) or type(e).__name__
         if not remaining:
             raise ConnectionError(f'{url} cannot be fetched in {tries} attempts ({reason}): '
-                                  'what has come is kept, call again to go on')
+                                  'what has come is kept, call again to resume')
 
 # %% ../../nbs/weights/02_published.ipynb #5354e102
 def url_to_path(

@@ -34,7 +34,7 @@ PARTS = ('config.json', 'metrics.csv', 'timing.csv', 'model.safetensors', 'figur
     (('fashion', '--bs', '10001'), 'use --bs 10000 or less'),
     (('fashion', '--bs', '0'), 'batch_size must be at least 1'),
     (('fashion', '--device', 'toaster'), '--device toaster cannot be used'),
-    (('fashion', '--out', 'full'), 'full is there already and not empty'),
+    (('fashion', '--out', 'full'), 'full exists already and is not empty'),
 ])
 def test_a_wrong_argument_gets_one_line_and_exit_code_2(forked, tmp_path, words, message):
     for folder in ('empty', 'full'):

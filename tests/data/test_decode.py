@@ -206,7 +206,7 @@ def test_what_only_the_cpu_can_decode_is_told_and_read(tmp_path, capsys, monkeyp
     for (x, *_), (y, *_) in zip(loader, batches(images, 'cpu', 'cpu', size=32), strict=True):
         assert (x.float() - y).abs().mean() < 2
     log = capsys.readouterr().out
-    assert log.count('note: cpu cannot decode') == 1 and 'the CPU does; others like it are not told' in log
+    assert log.count('note: cpu cannot decode') == 1 and 'the CPU does; others like it are not reported' in log
     assert not loader.bad
 
 def test_no_more_memory_than_a_call_may_take(monkeypatch):

@@ -32,7 +32,7 @@ def test_pretraining(forked, mixed, tmp_path):
     said = forked('mae-pretrain', '--resume', 'cpu', *device)
     assert said.code == 2 and '--decode has no effect with --resume cpu' in said.line
     said = forked('mae-pretrain', 'packed', *words, '--out', 'one', '--resume', 'auto')
-    assert said.code == 2 and "one was begun with decode = 'device', and now decode = None" in said.line
+    assert said.code == 2 and "one was started with decode = 'device', and now decode = None" in said.line
 
 def test_the_loader_is_measured(forked, mixed, tmp_path):
     words = '--data', 'photos', '--model', NANO[1], '--decode', 'device', '--bs', 8, '--device', 'cpu'

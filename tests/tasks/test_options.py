@@ -56,7 +56,7 @@ def test_an_earlier_run_is_resumed(forked, tmp_path, photos):
         learn.fit_recipe()
     as_before(tmp_path/'cut')
     got = forked('mae-pretrain', '--resume', 'cut')
-    assert got.code == 0 and 'goes on at epoch 0, batch 2' in got.out, got
+    assert got.code == 0 and 'resumes at epoch 0, batch 2' in got.out, got
     whole, resumed = ((tmp_path/run/'model.safetensors').read_bytes() for run in ('straight', 'cut'))
     assert whole == resumed
     assert load_mae(tmp_path/'cut').mask_ratio == .75

@@ -55,7 +55,7 @@ def killed_and_resumed(task, lives, straight, tmp_path, after=None):
         done = steps_of(steps)
         assert done == whole.steps[begin:begin + len(done)], (i, saved, done)   # never from the start again
         if saved and done:
-            assert 'goes on at epoch' in log.read_text()
+            assert 'resumes at epoch' in log.read_text()
         lost = begin + len(done) - steps_before(batches_saved(out))
         # two steps to the next checkpoint, two while the last one was being written, and the one cut off
         assert 0 <= lost <= 5, (i, lost)

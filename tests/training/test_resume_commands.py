@@ -27,12 +27,12 @@ def test_a_signal_finishes_the_step_and_saves_it(pretrain, undisturbed, tmp_path
     whole, steps = undisturbed
     # the signal comes while the second step's gradients add up
     got, done = pretrain('a', *WORDS, '--out', 'run', before=[signals(7, signum)])
-    assert got.code == code and got.line.endswith('what was done so far is in run; go on with --resume run'), got
+    assert got.code == code and got.line.endswith('what was done so far is in run; resume it with --resume run'), got
     assert f'{signum.name}: finishing the step' in got.out
     assert done == steps[:2]
     assert newest_checkpoint(tmp_path/'run'/'checkpoints')[2]['run']['step'] == steps[1] + 1
     got, rest = pretrain('b', '--resume', 'run')
-    assert got.code == 0 and done + rest == steps and 'goes on at epoch 0, batch 8 of 22' in got.out, got
+    assert got.code == 0 and done + rest == steps and 'resumes at epoch 0, batch 8 of 22' in got.out, got
     check_same(tmp_path/'run', whole)
 
 @pytest.mark.parametrize('signum, code', [
@@ -59,7 +59,7 @@ def test_a_signal_from_outside_at_any_time(pretrain, undisturbed, tmp_path, sign
     time.sleep(delay)
     os.kill(pid, signum)
     got = result()
-    assert got.code == 128 + signum and 'go on with --resume run' in got.line, got
+    assert got.code == 128 + signum and 'resume it with --resume run' in got.line, got
     got, rest = pretrain('b', '--resume', 'run')
     assert got.code == 0 and steps_of(log) + rest == undisturbed[1]
     check_same(tmp_path/'run', undisturbed[0])
@@ -97,17 +97,18 @@ def test_a_finished_probe_keeps_its_results(pretrain, undisturbed, tmp_path, epo
 
 AUTO = '--out', 'run', '--resume', 'auto'
 REFUSED = [
-    ('mae-pretrain', (*WORDS, *AUTO, '--seed', '1'), 'run was begun with seed = 0, and now seed = 1'),
-    ('mae-pretrain', (*WORDS, *AUTO, '--max-steps', '3'), 'run was begun with max_steps = None, and now max_steps = 3'),
-    ('mae-pretrain', (*WORDS, *AUTO, '--epochs', '3'), 'run was begun with recipe = '),
+    ('mae-pretrain', (*WORDS, *AUTO, '--seed', '1'), 'run was started with seed = 0, and now seed = 1'),
+    ('mae-pretrain', (*WORDS, *AUTO, '--max-steps', '3'),
+     'run was started with max_steps = None, and now max_steps = 3'),
+    ('mae-pretrain', (*WORDS, *AUTO, '--epochs', '3'), 'run was started with recipe = '),
     ('mae-pretrain', ('--resume', 'run', '--epochs', '3'), '--epochs has no effect with --resume run'),
     ('mae-pretrain', ('fashion', '--resume', 'run'), '--data has no effect with --resume run'),
     ('mae-pretrain', ('--resume', 'run', '--out', 'other'), '--out has no effect with --resume run'),
     ('mae-pretrain', ('--resume', 'nowhere'), 'nowhere is no run folder'),
     ('mae-pretrain', (*WORDS, '--resume', 'auto'), '--resume auto needs --out'),
-    ('mae-pretrain', (*WORDS, '--out', 'run'), 'run is there already and not empty'),
-    ('mae-finetune', ('--resume', 'run'), 'run was made by mae-pretrain: go on with that command'),
-    ('mae-probe', ('linear', 'fashion', 'run', '--num-workers', '0', *AUTO), 'run was begun with task = '),
+    ('mae-pretrain', (*WORDS, '--out', 'run'), 'run exists already and is not empty'),
+    ('mae-finetune', ('--resume', 'run'), 'run was made by mae-pretrain: resume it with that command'),
+    ('mae-probe', ('linear', 'fashion', 'run', '--num-workers', '0', *AUTO), 'run was started with task = '),
 ]
 
 def test_a_run_goes_on_as_the_run_it_is(pretrain, undisturbed, tmp_path):
@@ -152,7 +153,7 @@ def fill_a_disk(tmp_path, whole, steps):
     got, done = command('a', *WORDS, '--out', 'disk/run')
     full = ('no space left on the disk for a checkpoint in disk/run/checkpoints; '
             'the older ones there are whole: free some')
-    assert got.code == 1 and full in got.line and got.line.endswith('go on with --resume disk/run'), got
+    assert got.code == 1 and full in got.line and got.line.endswith('resume it with --resume disk/run'), got
     files = checkpoints_in(run/'checkpoints')
     assert len(files) == 2 and 0 < len(done) < len(steps) and all(read_checkpoint(f) for f in files)
     got, _ = command('b', '--resume', 'disk/run')   # no room yet
@@ -164,7 +165,7 @@ def fill_a_disk(tmp_path, whole, steps):
     shutil.rmtree(run)
     assert not small_disk(disk, '20m', REMOUNT)
     got, done = command('d', *WORDS, '--out', 'disk/run', '--if-full', 'continue')
-    assert 'training goes on without' in got.out and done == steps and got.code == 0, got
+    assert 'training continues without' in got.out and done == steps and got.code == 0, got
     assert (run/'model.safetensors').read_bytes() == (whole/'model.safetensors').read_bytes()
 
 def test_a_disk_of_20_mb_that_fills_up(undisturbed, tmp_path):

@@ -150,5 +150,5 @@ def test_torchrun_begins_again_by_itself(photos, tmp_path):
     threads = Path(f'/proc/{run.pid}/task').iterdir()
     workers = [int(pid) for thread in threads for pid in (thread/'children').read_text().split()]
     os.kill(workers[1], signal.SIGKILL)
-    assert run.wait(300) == 0 and 'goes on at epoch' in log.read_text(), log.read_text()
+    assert run.wait(300) == 0 and 'resumes at epoch' in log.read_text(), log.read_text()
     check_same(tmp_path/'run', tmp_path/'straight')

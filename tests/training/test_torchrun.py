@@ -69,7 +69,7 @@ def test_probing_under_torchrun(torchrun, forked, photos, tmp_path):
 
 @pytest.mark.parametrize('words, message', [
     (('mae-pretrain', 'photos', *NANO, '--bs', '21'), 'batch_size 21 does not divide into 2 parts'),
-    (('mae-pretrain', 'photos', *NANO, '--out', 'photos'), 'photos is there already and not empty'),
+    (('mae-pretrain', 'photos', *NANO, '--out', 'photos'), 'photos exists already and is not empty'),
     (('mae-finetune', 'photos', 'gone.safetensors', '--epochs', '1'), 'gone.safetensors'),
 ])
 @slow
@@ -110,7 +110,7 @@ def test_a_killed_process_ends_torchrun(kill_one):
 def test_torchrun_starts_a_run_again(kill_one, tmp_path):
     # else the new processes find the old ones' addresses
     code, output, _ = kill_one(40, '--max-restarts', '1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
-    assert code == 0 and 'goes on at epoch' in output, output
+    assert code == 0 and 'resumes at epoch' in output, output
     assert len(rows(tmp_path/'run')) == 41
 
 @slow
@@ -182,7 +182,7 @@ def test_a_job_for_slurm(photos, forked, tmp_path, monkeypatch):
         job.results()
     finally:
         job.cancel()   # of no effect on a job that has ended
-    assert 'goes on at epoch' in job.stdout() + job.task(0).stdout(), job.stderr()
+    assert 'resumes at epoch' in job.stdout() + job.task(0).stdout(), job.stderr()
     assert forked('mae-pretrain', *words, 'one').code == 0
     assert_same_metrics(tmp_path/'two', tmp_path/'one')
 
