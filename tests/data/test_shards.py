@@ -102,7 +102,7 @@ def test_bad_pictures_are_refused_by_name_or_left_out_and_listed(forked, photos,
     assert torch.equal(packed.read(62), plain.read(kept[62]))
     said = forked('mae-pack', 'photos', 'packed', '--max-side', '20')
     assert said.code == 2
-    assert 'begun from another source or with other options (max_side, per_shard, quality)' in said.line
+    assert 'started from another source or with other options (max_side, per_shard, quality)' in said.line
 
 def test_reencoding_never_enlarges_and_shows_what_was_meant(tmp_path):
     rng, folder = np.random.default_rng(0), tmp_path/'odd'
