@@ -4,19 +4,21 @@
 
 Three values are followed through one step of `mae-pretrain fashion`: a mask ratio and a seed that occur nowhere else,
 and one image (the functions that are called to fetch one batch). A stop is a function of ours that gets the value as an
-argument: bare, in a short string, a list, a dict or a dataclass; each function counts once, where it is met first.
+argument: bare, in a short string, a list or a dict; each function counts once, where it is met first. A record that
+carries the value along (options, a recipe, a data set) makes no stop, and the tools of `base` are none either.
 A return is a stop in a module that the walk had left before.
 """
 import argparse
 import contextlib
-import dataclasses
 import io
 import os
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 RATIO, SEED = 0.6125, 918273
+TOOLS = ('base/', 'keyed', 'settings', 'distributed')   # today's package, and the flat modules before it
 
 
 def holds(value, marker, depth=3) -> bool:
@@ -31,8 +33,6 @@ def holds(value, marker, depth=3) -> bool:
         return any(holds(v, marker, depth - 1) for v in value.values())
     if isinstance(value, (list, tuple)):
         return any(holds(v, marker, depth - 1) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any(holds(getattr(value, f.name, None), marker, depth - 1) for f in dataclasses.fields(value))
     return False
 
 
@@ -57,7 +57,7 @@ class Walk:
         if self.marker is None or any(holds(v, self.marker) for v in given.values()):
             module = code.co_filename.removeprefix(self.root).strip('/').removesuffix('.py')
             stop = module, getattr(code, 'co_qualname', code.co_name)
-            if stop not in self.stops:
+            if stop not in self.stops and stop != ('mae', 'pick') and not module.startswith(TOOLS):
                 self.stops.append(stop)
 
     def returns(self) -> int:
@@ -73,10 +73,8 @@ class Walk:
 def pretrain_once(folder: Path, marker):
     "One step of `mae-pretrain`, in this process."
     from fastcore.script import _run_cli
-    try:
-        from mae_nb import commands
-    except ImportError:
-        from mae_nb import cli as commands
+    flat = not (folder/'mae_nb'/'commands.py').is_file()   # the version before packages
+    commands = import_module('mae_nb.cli' if flat else 'mae_nb.commands')
     sys.argv = ['mae-pretrain', 'fashion', '--max-steps', '1', '--bs', '16', '--seed', str(SEED), '--num-workers', '0',
                 '--set', f'mask_ratio={RATIO}', '--out', 'run', '--device', 'cpu']
     with Walk(folder, marker) as walk, contextlib.redirect_stdout(io.StringIO()):
