@@ -299,7 +299,7 @@ def test_all_learn_that_a_run_folder_is_taken(tmp_path):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'mine').touch()
     for r in spread(2, lambda: make_run(tmp_path/'run', {}), tmp_path/'say', 60):
-        assert r.code == 1 and 'there already and not empty' in r.output
+        assert r.code == 1 and 'exists already and is not empty' in r.output
 
 def test_a_full_disk_of_the_one_that_writes(tmp_path, monkeypatch):
     def full(*_): raise OSError(28, 'No space left on device')

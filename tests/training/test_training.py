@@ -299,6 +299,8 @@ def test_the_study_s_cached_prefixes_are_the_model(sets):
     x, mirrored = study.views(sets[1].take(range(20)), 'cpu')
     assert torch.equal(mirrored, x.flip(-1))
     cached = study.prefixes(mae.encoder, x, [0, 2, 5, 6], bs=7)
+    normed = cached.pop('norm')   # behind the encoder's norm, for the probes
+    assert torch.equal(normed, mae.encoder.norm(cached[study.DEPTH].float()).half())
     with torch.no_grad():
         want = model(x)
         for start, tokens in cached.items():
