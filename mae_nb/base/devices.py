@@ -46,24 +46,22 @@ def matmul_rate(
 ) -> float:              # operations a second: the best of many products
     "The measured rate of a device's matrix products."
     generator = torch.Generator(device).manual_seed(0)   # the global one stays as it is
-    def product(n):
+    def product(n, dtype):
         a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
         return lambda: a @ b
-    if torch.device(device).type == 'cpu':
-        size = _affordable(product, size, seconds)
-    run = product(size)
+    if torch.device(device).type == 'cpu' and dtype != torch.float32 and _is_slow(product, dtype):
+        size = min(size, 256)   # a large product would take seconds
+    run = product(size, dtype)
     end = time.perf_counter() + seconds
     times = [timed(run, device) for _ in range(5)]   # on a busy machine the first ones may wait for their turn
     while time.perf_counter() < end:
         times.append(timed(run, device))
     return 2 * size**3 / min(times)
 
-def _affordable(product, size, seconds):
-    "The size, or a small one where a single product would take too long, as bfloat16 does on many CPUs."
-    small = min(size, 256)
-    run = product(small)
-    shortest = min(timed(run) for _ in range(8))
-    return small if shortest * (size / small)**3 > seconds else size
+def _is_slow(product, dtype) -> bool:
+    "Whether a small product takes ten times as long as in float32, as bfloat16 does on many CPUs."
+    shortest = [min(timed(product(256, d)) for _ in range(5)) for d in (dtype, torch.float32)]
+    return shortest[0] > 10 * shortest[1]
 
 # %% ../../nbs/base/07_devices.ipynb #cb721d46
 PEAKS = {   # part of the device's name: (TFLOPS at 16 bits, TFLOPS at float32), from NVIDIA's data sheets
