@@ -47,13 +47,10 @@ def command(
 def _processes() -> Iterator[None]:
     "Join torchrun's processes; SIGTERM and SIGUSR1 raise `Terminated` from here on."
     from mae_nb.base.processes import process_group
-    from mae_nb.training.checkpoints import Terminated
-    def terminate(signum, frame):
-        raise Terminated(signum)
-
+    from mae_nb.training.checkpoints import raise_terminated
     for name in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), terminate)
+            signal.signal(getattr(signal, name), raise_terminated)
     with process_group():
         yield
 

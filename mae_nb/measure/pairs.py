@@ -158,5 +158,3 @@ AGAINST = {'transformers': transformers_twin, 'timm': timm_twin}
 
 def _heads(part) -> int:
     return part.blocks[0].attn.num_heads
-def _device_of(model) -> torch.device:
-    return next(model.parameters()).device
