@@ -4,7 +4,7 @@
 
 transformers' model has the same size. Matrix products of 1024 x 1024 take turns too: the MFU is the share of their rate
 in the same turn. bench/results/switches.json has the numbers of two calls, which the chapter `pairs` names.
-For a GPU: bench/gpu.py.
+For a GPU: bench/gpu/step.py.
 """
 import argparse
 import json

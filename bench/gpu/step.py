@@ -1,8 +1,8 @@
 """The whole table of a GPU in one call: images/s, MFU and memory for each switch, against transformers and timm, and
 the ten longest kernels.
 
-    python bench/gpu.py [--json FILE] [--table FILE] [--budget 520] [--models B L H] [--turns 5]
-    python bench/gpu.py --models nano --device cpu      (a few seconds: does the script still work?)
+    python bench/gpu/step.py [--json FILE] [--table FILE] [--budget 520] [--models B L H] [--turns 5]
+    python bench/gpu/step.py --models nano --device cpu      (a few seconds: does the script still work?)
 
 The most important rows come first. The table lists the rows for which the budget left no time.
 """
@@ -150,7 +150,7 @@ def reason_against(switch, left, cuda):
     compiled = profiled or 'compile' in SWITCHES[switch][2]
     if compiled and not cuda and not profiled:
         return 'only on a GPU'
-    least = (75 if compiled else 15) if cuda else 1   # seconds
+    least = (30 if compiled else 10) if cuda else 1   # seconds
     return None if left >= least else 'no time left'
 
 def run_row(result, size, switch, device, args, peak):
