@@ -34,7 +34,7 @@ if [ -n "${TINY:-}" ]; then
     part feed 200 python3 bench/feed.py "$sample" --device cpu --model mae_vit_nano_patch4_32 --bs 4 --steps 2 \
         --workers 1 --json "$out/feed.json"
 else
-    part tests 75 python3 -m pytest -q -m gpu -p no:cacheprovider tests/gpu tests/data/test_decode.py
+    part tests 75 python3 -m pytest -q -m "not slow" -k "gpu or cuda" -p no:cacheprovider --durations 5 tests/gpu tests/data/test_decode.py
     part learners 80 python3 bench/gpu/learners.py --json "$out/learners.json"
     part cifar $((PRETRAIN + FINETUNE + 100)) python3 bench/gpu/cifar.py ${WAYS:+--ways $WAYS} --pretrain "$PRETRAIN" --finetune "$FINETUNE" \
         --out "$out" --json "$out/cifar.json"
