@@ -1,9 +1,10 @@
 """CIFAR-10 in minutes on one GPU: pretraining, a linear probe, k-NN and fine-tuning, with what each took.
 
-    python bench/gpu/cifar.py --out OUT [--pretrain 180] [--finetune 60] [--workers 14] [--json FILE]
+    python bench/gpu/cifar.py --out OUT [--deadline 300] [--workers 14] [--json FILE]
 
-Both trainings get as many epochs as their seconds allow, from a pace measured first. `OUT` keeps the masked
-autoencoder's weights in half precision and its rows; `pace` holds images a second for each way to compile.
+Both trainings get as many epochs as fit before the deadline, from a pace measured first. `OUT` keeps the masked
+autoencoder's weights and its features of all images in half precision; `pace` holds images a second for each way to
+compile.
 """
 import argparse
 import json
@@ -11,6 +12,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mae_nb.base.devices import machine
@@ -33,6 +35,7 @@ PRETRAIN = dict(batch_size=1024, base_lr=5e-4, weight_decay=.05, crop_scale=(.4,
 FINETUNE = dict(batch_size=512, base_lr=1e-3, warmup_epochs=3, layer_decay=.75, drop_path=.1, mixup=.8, cutmix=1.,
                 label_smoothing=.1, crop_scale=(.5, 1.), amp=True, epochs=40)
 TIMED = 40   # steps of a timing
+PRETRAINING, RESERVE = .72, 20   # share of the time that is left; seconds for the features
 
 class Job:
     "The data, options and result file of the whole run."
@@ -66,7 +69,7 @@ class Job:
         return override(RECIPES['pretrain_cifar10'], PRETRAIN | self.fields | more)
 
     def learner(self, model, recipe, steps=None):
-        return pretrain_run(self.sets, model, recipe, self.options(max_steps=steps))
+        return pretrain_run(self.sets, model, recipe, self.options(max_steps=steps), valid_every=20)
 
     def time_ways(self, ways):
         "Images a second of pretraining, for each way to compile."
@@ -83,15 +86,16 @@ class Job:
                 self.result['pace'][way] = dict(error=f'{type(e).__name__}: {str(e)[:400]}')
             self.note(last_timed=way, pace=self.result['pace'])
 
-    def epochs(self, seconds, pace, least=1):
-        "As many epochs as the seconds allow."
-        return max(least, int(seconds * pace / len(self.sets[0])))
+    def epochs(self, share, pace, least=1):
+        "As many epochs as fit into a share of the time that is left."
+        left = self.args.deadline - RESERVE - (time.time() - self.start)
+        return max(least, int(share * left * pace / len(self.sets[0])))
 
     def pretrain(self):
         "Pretrain as long as the seconds allow; the model."
         paces = {way: row['images_per_second'] for way, row in self.result['pace'].items() if 'error' not in row}
         way = max(paces, key=paces.get)
-        epochs = self.epochs(self.args.pretrain, paces[way])
+        epochs = 1 if self.args.tiny else self.epochs(PRETRAINING, paces[way])
         recipe = self.pretrain_recipe(compile=way, epochs=epochs, warmup_epochs=max(1, epochs // 20))
         learn, begun = self.learner(self.new_model(recipe), recipe), time.time()
         learn.fit_recipe()
@@ -100,10 +104,12 @@ class Job:
         data = dict(name=images.name, mean=images.mean, std=images.std, classes=list(images.classes))
         half = {name: tensor.detach().cpu().half() for name, tensor in learn.model.state_dict().items()}
         write_own(half, self.out/'pretrained.safetensors', learn.model.config, data)
-        rows = [dict(train=row[0], valid=row[1]) for row in learn.recorder.values]
+        rows = [list(row) for row in learn.recorder.values]
         self.note(pretrain_recipe=as_config(recipe), pretrain_seconds=seconds, pretrain_pace=learn.pace.report,
                   rows=rows, last=rows[-1])
-        return learn.model
+        model = self.new_model(recipe)   # not compiled: what follows has other shapes
+        model.load_state_dict(learn.model.state_dict())
+        return model
 
     def finetune(self, model):
         "Fine-tune all of it, again as long as the seconds allow."
@@ -112,7 +118,7 @@ class Job:
             recipe = override(recipe, dict(epochs=1, warmup_epochs=0))
         else:
             pace = self.finetune_pace(model, recipe)
-            epochs = self.epochs(self.args.finetune, pace, 5)
+            epochs = self.epochs(.95, pace, 5)
             recipe = override(recipe, dict(epochs=epochs, warmup_epochs=min(5, epochs / 8)))
         learn, begun = self.tuner(model, recipe), time.time()
         learn.fit_recipe()
@@ -128,7 +134,7 @@ class Job:
         short = override(recipe, dict(epochs=1, warmup_epochs=0))
         train, valid = self.sets
         few = train, valid.take(range(0, len(valid), 20))
-        for steps in (4, TIMED):
+        for steps in (4, TIMED // 2):
             classifier, _ = seeded(0, classifier_from, model, len(train.classes), recipe.pool, recipe.drop_path)
             learn = finetune_run(few, classifier, short, self.options(max_steps=steps))
             learn.fit_recipe()
@@ -139,6 +145,9 @@ class Job:
         "Nearest neighbours and a linear probe on frozen features."
         train, test = self.sets
         features, test_features = (extract_features(model.encoder, images)['avg'] for images in self.sets)
+        half = len(features) // 2
+        for name, part in (('train_a', features[:half]), ('train_b', features[half:]), ('test', test_features)):
+            np.save(self.out/f'features_{name}.npy', part.astype(np.float16))
         on_device = lambda x: torch.as_tensor(x, device=self.device)
         votes = knn_votes(on_device(features), on_device(train.labels), on_device(test_features), len(train.classes))
         right = votes.argmax(dim=1).cpu().numpy() == test.labels
@@ -149,21 +158,24 @@ class Job:
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True)
-    parser.add_argument('--pretrain', type=float, default=180, help='seconds')
-    parser.add_argument('--finetune', type=float, default=60, help='seconds')
-    parser.add_argument('--ways', nargs='+', default=['blocks', 'graphs'], help='to compile; the fastest one trains')
+    parser.add_argument('--deadline', type=float, default=300, help='seconds from the start')
+    parser.add_argument('--timing', action='store_true', help='only the pace of each way to compile')
+    parser.add_argument('--ways', nargs='+', default=['blocks'], help='to compile; the fastest one trains')
     parser.add_argument('--workers', type=int, default=max((os.cpu_count() or 2) - 2, 0))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--tiny', action='store_true', help='a few seconds: does the script still work?')
     parser.add_argument('--json')
     job = Job(parser.parse_args(words))
     job.time_ways(job.args.ways)
-    if not job.args.pretrain:
+    if job.args.timing:
         return job.result
     model = job.pretrain()
-    save_reconstructions(model, job.sets[1], job.out/'reconstructions.png')
-    job.finetune(model)
+    try:
+        job.finetune(model)
+    except Exception as e:   # the features still count
+        job.note(finetune_error=f'{type(e).__name__}: {str(e)[:400]}')
     job.probe(model)
+    save_reconstructions(model, job.sets[1], job.out/'reconstructions.png')
     return job.result
 
 if __name__ == '__main__':

@@ -12,7 +12,6 @@ shift 2
 parts=${*:-tests learners cifar steps feed}
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 MAE_NB_DATA="$data"
-export PRETRAIN=${PRETRAIN:-170} FINETUNE=${FINETUNE:-50}
 
 part() {   # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS
@@ -28,7 +27,7 @@ if [ -n "${TINY:-}" ]; then
     sample="$data/imagenet_sample.tar"
     part tests 100 python3 -m pytest -q -m gpu -p no:cacheprovider tests/gpu
     part learners 200 python3 bench/gpu/learners.py --device cpu --steps 4 --rows pretrain linear --json "$out/learners.json"
-    part cifar 200 python3 bench/gpu/cifar.py --device cpu --tiny --ways none --pretrain 1 --workers 0 \
+    part cifar 200 python3 bench/gpu/cifar.py --device cpu --tiny --ways none --workers 0 \
         --out "$out" --json "$out/cifar.json"
     part steps 100 python3 bench/gpu/step.py --models nano --device cpu --turns 1 --steps 1 --json "$out/steps.json"
     part feed 200 python3 bench/feed.py "$sample" --device cpu --model mae_vit_nano_patch4_32 --bs 4 --steps 2 \
@@ -36,8 +35,7 @@ if [ -n "${TINY:-}" ]; then
 else
     part tests 75 python3 -m pytest -q -m "not slow" -k "gpu or cuda" -p no:cacheprovider --durations 5 tests/gpu tests/data/test_decode.py
     part learners 80 python3 bench/gpu/learners.py --json "$out/learners.json"
-    part cifar $((PRETRAIN + FINETUNE + 100)) python3 bench/gpu/cifar.py ${WAYS:+--ways $WAYS} --pretrain "$PRETRAIN" --finetune "$FINETUNE" \
-        --out "$out" --json "$out/cifar.json"
-    part steps 130 python3 bench/gpu/step.py --budget "${STEPS:-120}" --table "$out/steps.md" --json "$out/steps.json"
+    part cifar 250 python3 bench/gpu/cifar.py --deadline 230 --out "$out" --json "$out/cifar.json"
+    part steps 130 python3 bench/gpu/step.py --budget 120 --table "$out/steps.md" --json "$out/steps.json"
     part feed 60 python3 bench/feed.py "$data/imagenet_sample.tar" --json "$out/feed.json"
 fi

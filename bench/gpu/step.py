@@ -136,6 +136,7 @@ def parse(words):
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', choices=MODELS, default=['B', 'L', 'H'])
+    parser.add_argument('--rows', nargs='+', choices=[*SWITCHES, 'kernels'], help='all of them by default')
     parser.add_argument('--budget', type=float, default=520, help='seconds after which no row is begun')
     parser.add_argument('--turns', type=int, default=5)
     parser.add_argument('--steps', type=int, help='in a turn; by default as many as take half a second')
@@ -183,7 +184,8 @@ def main(words=None):
     jobs = [(switch, size) for switch in first for size in args.models]
     jobs.append(('kernels', args.models[0]))
     jobs += [(switch, size) for switch in later for size in args.models]
-    for switch, size in jobs:
+    wanted = args.rows or [*SWITCHES, 'kernels']
+    for switch, size in [job for job in jobs if job[0] in wanted]:
         left = args.budget - (time.time() - start)
         why = reason_against(switch, left, cuda)
         if why is None:

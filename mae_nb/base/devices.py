@@ -19,6 +19,7 @@ from importlib.metadata import version
 
 import torch
 
+from .. import __version__
 from .errors import UsageError
 from .processes import processes
 
@@ -136,7 +137,8 @@ def machine(
     on_gpu = device.type == 'cuda'
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
     rate = matmul_rate(device, dtype, 8192 if on_gpu else 1024)
-    versions = {p: version(p) for p in ('torch', 'mae_nb', *packages)} | dict(python=platform.python_version())
+    versions = {p: version(p) for p in ('torch', *packages)}
+    versions |= dict(mae_nb=__version__, python=platform.python_version())
     return dict(device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(),
                 matmul_gflops=rate / 1e9, versions=versions)
 

@@ -8,6 +8,7 @@ __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS'
            'JpegHead', 'jpeg_head', 'read_or_explain', 'quiet_worker', 'channel_values', 'standardize', 'unstandardize']
 
 # %% ../../nbs/data/01_images.ipynb #dd151a80
+import gc
 import io
 import os
 import re
@@ -266,6 +267,7 @@ def quiet_worker(
     worker:int,  # its number
 ):
     "Make a worker leave Ctrl-C, which reaches all processes of a terminal, to the main one, and hide PIL's warnings."
+    gc.freeze()   # what the main process had: freeing it here would reach for a GPU that a fork cannot use
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
 

@@ -7,6 +7,7 @@ __all__ = ['KeyedBatches', 'Samples', 'collate', 'record_bad', 'BadImages', 'Loa
 
 # %% ../../nbs/data/09_loader.ipynb #1068bf56
 import csv
+import gc
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -216,6 +217,7 @@ class Loader:
     def _start(self):
         "A new `DataLoader`, whose workers start in its first epoch and stay."
         self._transform = self.dataset.transform   # the one that its workers have
+        self._forked = self.num_workers == 0
         self.dl = DataLoader(
             self.dataset, batch_sampler=self.batches, num_workers=self.num_workers, collate_fn=collate,
             pin_memory=self.pin_memory, worker_init_fn=quiet_worker, persistent_workers=self.num_workers > 0,
@@ -241,6 +243,9 @@ class Loader:
     def __iter__(self):
         if self._transform is not self.dataset.transform:   # running workers have the old one
             self._start()
+        if not self._forked:
+            gc.collect()   # dead learners and their GPU's memory: a worker must not be the one to free them
+            self._forked = True
         for imgs, index, labels, bad in self._decoded() if self.dataset.decode == 'device' else self.dl:
             if bad:
                 self._note(bad)
