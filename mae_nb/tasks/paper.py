@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PAPER', 'STUDIES', 'STUDY_COLUMNS', 'PaperTable', 'StudyPoint', 'point_name', 'read_study', 'draw_table']
 
-# %% ../../nbs/tasks/00_paper.ipynb #7a6471f5
+# %% ../../nbs/tasks/00_paper.ipynb #a885f509
 import csv
 from dataclasses import dataclass
 import math
 from pathlib import Path
 
-# %% ../../nbs/tasks/00_paper.ipynb #14d42cb2
+# %% ../../nbs/tasks/00_paper.ipynb #e178afaa
 @dataclass(frozen=True)
 class PaperTable:
     "Numbers from one table or figure of the paper: a row for each point, a column for each measure."
@@ -37,7 +37,7 @@ class PaperTable:
         "Every number of the table."
         return {number for numbers in self.rows.values() for number in numbers if number is not None}
 
-# %% ../../nbs/tasks/00_paper.ipynb #ba388242
+# %% ../../nbs/tasks/00_paper.ipynb #36eb9b5b
 _BOTH = ('fine-tuning', 'linear probe')
 _ABLATION = 'ViT-L, 800 epochs, raw pixels'
 
@@ -76,7 +76,7 @@ _ABLATIONS = (
         study='blocks', default=24, note='0 is the linear probe, 24 is fine-tuning; .5 is the MLP of the last block'),
 )
 
-# %% ../../nbs/tasks/00_paper.ipynb #33670369
+# %% ../../nbs/tasks/00_paper.ipynb #fb1f6ecb
 _SIZES = ('ViT-B', 'ViT-L', 'ViT-H', 'ViT-H, 448 px')
 _HEADLINE = '1,600 epochs, normalised pixels'
 _WIDE = ('ViT-B', 'ViT-L', 'ViT-H', 'ViT-H, 448 px', 'best before')
@@ -129,7 +129,7 @@ _COMPARISONS = (
 PAPER = {table.source: table for table in (*_ABLATIONS, *_COMPARISONS)}   # 'Table 1a', 'Figure 5', 'Section 4', ...
 STUDIES = {table.study: table for table in PAPER.values() if table.study}   # the field that varies -> its table
 
-# %% ../../nbs/tasks/00_paper.ipynb #6d14e280
+# %% ../../nbs/tasks/00_paper.ipynb #b2aecf1f
 STUDY_COLUMNS = 'study', 'point', 'seeds', 'finetune_mean', 'finetune_std', 'linear_mean', 'linear_std'
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _study_point(file:Path, row:dict) -> StudyPoint:
     except (TypeError, ValueError):
         raise ValueError(f'{file}: the row of point {row["point"]!r} holds something that is no number') from None
 
-# %% ../../nbs/tasks/00_paper.ipynb #cd9dfc1a
+# %% ../../nbs/tasks/00_paper.ipynb #b61ee0a0
 def draw_table(
     table:PaperTable,       # an ablation: columns are measures, rows are points
     ours:dict|None=None,    # from `read_study`; None = the paper alone
@@ -184,7 +184,7 @@ def draw_table(
     names = [point_name(point) for point in table.rows]
     for i, column in enumerate(table.columns):
         numbers = {point_name(point): number for point, number in table.column(column).items()}
-        _draw_points(axs[0, 0], names, numbers, f'C{i}', column)
+        _draw_points(axs[0, 0], names, numbers, i, column)
     _label_points(axs[0, 0], table, names)
     axs[0, 0].set_title(f'{table.source}: {table.model}', fontsize=9)
     axs[0, 0].set_ylabel(table.unit)
@@ -200,21 +200,23 @@ def _is_number(name:str) -> bool:
     except ValueError:
         return False
 
-def _draw_points(ax, names:list, numbers:dict, colour:str, label:str, spread:dict|None=None):
-    "One measure: a line where all points are numbers, markers alone where they are names."
+def _draw_points(ax, names:list, numbers:dict, measure:int, label:str, spread:dict|None=None):
+    "One measure, the first with its numbers above; a line where all points are numbers, else markers alone."
     x = [names.index(name) for name in numbers]
     errors = None if spread is None else [spread.get(name) or 0. for name in numbers]
     line = '-' if all(map(_is_number, names)) else ''
-    ax.errorbar(x, list(numbers.values()), yerr=errors, marker='o', ms=4, ls=line, color=colour, capsize=2, label=label)
+    ax.errorbar(x, list(numbers.values()), yerr=errors, marker='o', ms=4, ls=line, color=f'C{measure}', capsize=2,
+                label=label)
     for place, number in zip(x, numbers.values()):
-        ax.annotate(f'{number:.1f}', (place, number), (0, 5), textcoords='offset points', ha='center', fontsize=7)
+        offset = (0, -11 if measure else 5)
+        ax.annotate(f'{number:.1f}', (place, number), offset, textcoords='offset points', ha='center', fontsize=7)
 
 def _label_points(ax, table:PaperTable, names:list):
     "The points' names below the axis, the table's labels where it has them, and the legend."
     labels = dict(zip(map(point_name, table.rows), table.labels))
     ax.set_xticks(range(len(names)), [labels.get(name, name).replace(', ', ',\n') for name in names], fontsize=8)
     ax.set_xlim(-.5, len(names) - .5)
-    ax.margins(y=.16)
+    ax.margins(y=.18)
     ax.set_xlabel(table.title)
     ax.legend(fontsize=8, frameon=False)
 
@@ -231,5 +233,5 @@ def _draw_ours(ax, table:PaperTable, ours:dict):
         spread = {name: getattr(point, f'{measure}_std') for name, point in ours.items()}
         means = {name: mean for name, mean in means.items() if mean is not None}
         if means:
-            _draw_points(ax, names, means, f'C{i}', label, spread)
+            _draw_points(ax, names, means, i, label, spread)
     _label_points(ax, table, names)
