@@ -86,6 +86,8 @@ _COMPARISONS = (
     PaperTable('Section 4', 'the baseline', 'ViT-L, 800 epochs, raw pixels', ('fine-tuning',), {
         'from scratch, original recipe': (76.5,), 'from scratch, their recipe': (82.5,), 'MAE': (84.9,)}, default='MAE',
         note='Table 3 and appendix A.2 give 82.6 for the second row'),
+    PaperTable('Section 4.1', 'crops as the only augmentation', 'from the paper of BYOL', ('loss',), {
+        'BYOL': (13.,), 'SimCLR': (28.,)}, unit='points of top-1 that are lost'),
     PaperTable('Table 2', 'hours of pretraining', '800 epochs, 128 TPU-v3 cores', ('fine-tuning', 'hours'), {
         'ViT-L, mask tokens in the encoder': (84.2, 42.4), 'ViT-L': (84.9, 15.4),
         'ViT-L, one decoder block': (84.8, 11.6), 'ViT-H, mask tokens in the encoder': (None, 119.6),
@@ -95,6 +97,11 @@ _COMPARISONS = (
         'from scratch': (82.3, 82.6, 83.1, None), 'DINO': (82.8, None, None, None), 'MoCo v3': (83.2, 84.1, None, None),
         'BEiT': (83.2, 85.2, None, None), 'MAE': (83.6, 85.9, 86.9, 87.8)}, default='MAE',
         note="BEiT's tokens were trained on 250 million more images"),
+    PaperTable('Section 4.2', 'the text beside Table 3', '128 TPU-v3 cores', ('fine-tuning', 'hours'), {
+        'MAE, ViT-L, 1,600 epochs': (85.9, 31.), 'MoCo v3, ViT-L, 300 epochs': (84.1, 36.),
+        'best before, 512 px': (87.1, None)}, unit='top-1 on ImageNet, %; hours'),
+    PaperTable('Appendix A.2', 'from scratch', 'Table 11', ('ViT-B', 'ViT-L', 'ViT-H'), {
+        'averaged weights': (82.3, 82.6, 83.1), 'last weights': (82.1, 81.5, 80.9)}, default='averaged weights'),
     PaperTable('Figure 8', 'size of the model', f'fine-tuning; MAE: {_HEADLINE}', ('ViT-B', 'ViT-L', 'ViT-H'), {
         'from scratch, original recipe': (77.9, 76.5, None), 'from scratch': (82.3, 82.6, 83.1),
         'MAE': (83.6, 85.9, 86.9), 'supervised on JFT-300M': (84.2, 87.6, 88.4)}, default='MAE',
