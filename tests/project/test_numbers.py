@@ -1,5 +1,6 @@
 """Numbers in the book's prose are those of the paper, of the result files and of the kept outputs."""
 import json
+import math
 import re
 
 import pytest
@@ -24,9 +25,9 @@ def cells(file, kind):
 
 
 def paragraphs(file):
-    "A page's prose: paragraphs, lists and whole tables."
+    "A page's prose: paragraphs, items of lists, and whole tables."
     texts = [''.join(c['source']) for c in cells(file, 'markdown')]
-    return [part for text in texts for part in re.split(r'\n\s*\n', text) if part.strip()]
+    return [part for text in texts for part in re.split(r'\n\s*\n|\n(?=- |\d+\. )', text) if part.strip()]
 
 
 def sentences(paragraph):
@@ -151,7 +152,39 @@ def test_logs_have_the_columns_of_this_version():
                                                 ('epoch', 'train_loss', 'valid_loss', 'top1', 'top5')}
 
 
-def test_the_book_has_no_run_of_its_own_numbers_twice():
+def number(text):
+    return float(text.replace(',', '').replace(' ', '').rstrip('%'))
+
+
+KEPT = [   # page, what its prose says, page, what a kept output or another page's prose says
+    ('nbs/model/08_mae', r'it has (\d+ %) as many parameters as the encoder of ViT-B, and (\d+ %) as',
+     'nbs/model/08_mae', r'base_patch16 (\d+%), .* huge_patch14 (\d+%)'),
+    ('nbs/tasks/03_finetune', r'Do not take (\d+) %', 'nbs/tasks/03_finetune', r'^ +8(?: +[\d.]+){2} +0\.(\d\d)00 '),
+    ('tutorials/03_imagenet_at_scale', r'([\d,]+) pictures a second and core from the original bytes and ([\d,]+) from',
+     'nbs/data/03_shards', r'packed, original bytes \| ([\d,]+) \|[^#]*? quality 90 \| ([\d,]+) \|'),
+]
+
+
+@pytest.mark.parametrize('page, prose, source, kept', KEPT, ids=[f'{c[0]}-{i}' for i, c in enumerate(KEPT)])
+def test_prose_agrees_with_what_was_kept(page, prose, source, kept):
+    text = '\n\n'.join(paragraphs(ROOT/f'{page}.ipynb'))
+    source = ROOT/f'{source}.ipynb'
+    evidence = '\n'.join([*outputs(source), *paragraphs(source)])
+    stated, seen = re.search(prose, text), re.search(kept, evidence, re.M)
+    assert stated and seen
+    assert [number(n) for n in stated.groups()] == [number(n) for n in seen.groups()]
+
+
+def test_cores_for_eight_gpus():
+    "The tutorial's cores follow from the rates beside them."
+    text = '\n\n'.join(paragraphs(ROOT/'tutorials'/'03_imagenet_at_scale.ipynb'))
+    pattern = (r'([\d,]+) pictures a second and core from the original bytes and ([\d,]+) from `packed320`, '
+               r'eight GPUs that take ([\d,]+) each need (\d+) cores, or (\d+)')
+    first, second, each, cores, fewer = map(number, re.search(pattern, text).groups())
+    assert [cores, fewer] == [math.ceil(8 * each / rate) for rate in (first, second)]
+
+
+def test_the_demos_numbers_are_stated_in_one_place():
     "Results of `mae-demo` are stated by its own chapter and the README only; elsewhere they would go stale."
     own = {'nbs/tasks/06_demo', 'nbs/index', 'tutorials/01_pretrain_and_probe'}
     for file in PAGES:
