@@ -195,3 +195,9 @@ def test_the_demos_numbers_are_stated_in_one_place():
             assert stale == [], name(file)
 
 
+
+
+def test_the_presets_are_counted():
+    from mae_nb.training.presets import RECIPES
+    text = '\n'.join(paragraphs(ROOT/'nbs'/'training'/'02_presets.ipynb'))
+    assert re.search(r'A dictionary of (\d+) frozen objects', text)[1] == str(len(RECIPES))
