@@ -54,6 +54,8 @@ PUBLIC = {   # module -> its public names
                        probe_run probe''',
     'tasks.demo': 'compare_features demo',
     'tasks.replay': 'replay',
+    'tasks.rival_recipes': 'RIVALS rival_recipe',
+    'tasks.rivals': 'rival_learner rival_run',
     'measure.bench': 'random_images',
     'measure.plan': 'DATASETS fit_batch make_plan',
     'commands': '''mae_demo mae_pretrain mae_finetune mae_probe mae_replay mae_show mae_convert mae_pack mae_bench

@@ -317,9 +317,10 @@ def get_dls(
     size, bs = to_pair(img_size), loader_batch(recipe, processes()) if bs is None else bs
     if pick(decode, DECODE, 'decode') == 'device':
         check_device(device)
-    sets = [Samples(train, size, seed, augment_of(recipe, train.mean, train.std), recipe.repeats, decode)]
-    if valid is not None:
-        sets.append(Samples(valid, size, seed, eval_crop, decode=decode))
+    augment = augment_of(recipe, train.mean, train.std)
+    sets = [Samples(train, size, seed, augment, recipe.repeats, decode)]
+    if valid is not None:   # views are what the loss compares, in validation too
+        sets.append(Samples(valid, size, seed, augment if recipe.views > 1 else eval_crop, decode=decode))
     loaders = [Loader(s, bs, s is sets[0], num_workers, device.type == 'cuda', rank(), processes()) for s in sets]
     dls = DataLoaders(*loaders, device=device)
     dls.n_inp, dls.seed = 1, seed

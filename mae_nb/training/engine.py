@@ -74,6 +74,8 @@ def known_flops(
     model:nn.Module,  # any
 ) -> int:
     "Operations of a training step for one image; 0 for a model without an `Encoder` of ours."
+    if hasattr(model, 'step_flops'):   # a model of several passes counts its own
+        return model.step_flops()
     encoder = getattr(model, 'encoder', model)
     return step_flops(model) if isinstance(encoder, Encoder) else 0
 

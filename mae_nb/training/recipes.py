@@ -97,7 +97,7 @@ class Recipe:
     "What all recipes share. An option that a task lacks is no field of its recipe and reads as off."
     task = ''                # pretrain, finetune, scratch, linear, partial, attentive or knn
     accumulate = 1           # batches for one optimizer step
-    repeats = 1              # crops of each image that is read
+    repeats = views = 1      # crops of each image that is read; those that one sample shows side by side
     augment = 'random'       # a row of Table 1e
     randaugment = ''         # none
     erase = 0.               # share of images that lose a box
