@@ -6,7 +6,7 @@
 __all__ = ['duration', 'Plan', 'plan_epochs', 'cost_text', 'make_plan', 'begun_plan', 'study_config', 'run_all', 'work',
            'resolve_study', 'run_study', 'all_rows', 'report_study']
 
-# %% ../../nbs/tasks/13_study.ipynb #29f371be
+# %% ../../nbs/tasks/13_study.ipynb #50b14943
 import io
 import json
 import multiprocessing
@@ -28,14 +28,14 @@ from ..base.settings import setting
 from ..data.datasets import load_source, split_labelled
 from .study_figures import (
     WORDS, Row, conclude, draw_study, judge, summarize, write_rows, write_summary)
-from .study_measures import Cost, logged, measure_cost, plain_text, run_job
+from .study_measures import logged, measure_cost, plain_text, run_job
 from .study_points import Point, choose_points
 from .study_runs import Job, StudyOptions, make_jobs
 from ..training.checkpoints import raise_terminated
 from ..training.recipes import as_config
 from ..training.runs import make_run, write_json
 
-# %% ../../nbs/tasks/13_study.ipynb #c8206039
+# %% ../../nbs/tasks/13_study.ipynb #ffd6f035
 def duration(
     minutes:float,
 ) -> str:
@@ -92,7 +92,7 @@ def cost_text(
     share = f', {at_a_time} at a time: about {duration(total / at_a_time)}' if at_a_time > 1 else ''
     return '\n'.join([*lines, f'{len(listed)} pretrainings x {options.seeds} seeds: about {duration(total)}{share}'])
 
-# %% ../../nbs/tasks/13_study.ipynb #04dfdefd
+# %% ../../nbs/tasks/13_study.ipynb #1727fda4
 def make_plan(
     sets:tuple,             # (training, test) `ImageSet`s, with labels
     options:StudyOptions,   # of the study
@@ -140,7 +140,7 @@ def study_config(
             | dict(settings=options.set, points=[asdict(p) for p in plan.points], options=options.as_config(),
                    pretrainings={p.run: n for p, n in zip(plan.points, plan.epochs, strict=True)}))
 
-# %% ../../nbs/tasks/13_study.ipynb #1dd3d434
+# %% ../../nbs/tasks/13_study.ipynb #3439a64c
 def run_all(
     sets:tuple,             # (training, test) `ImageSet`s, with labels
     options:StudyOptions,   # of the study
@@ -247,7 +247,7 @@ def _follow(parent:int):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
-# %% ../../nbs/tasks/13_study.ipynb #39bcae29
+# %% ../../nbs/tasks/13_study.ipynb #788b24f7
 def resolve_study(
     options:StudyOptions,   # as a user gives them
 ) -> StudyOptions:
@@ -267,7 +267,8 @@ def run_study(
     device = get_device(options.device)   # a wrong one is an error before the images are read
     sets = split_labelled(load_source(options.data), options.seed)
     if options.num_workers is None and device.type == 'cuda' and sets[0].in_memory:
-        options = replace(options, num_workers=1)   # crops the next batch while the GPU works
+        spare = (os.cpu_count() or 1) // options.jobs - 1
+        options = replace(options, num_workers=min(max(spare, 1), 4))   # they crop while the GPU works
     print(f'study {options.study} on {len(sets[0]):,} images of {sets[0].name}, {options.model_name}', flush=True)
     plan = begun_plan(sets, options)
     if plan is None:
@@ -298,7 +299,8 @@ def _run_rest(sets:tuple, options:StudyOptions, jobs:list[Job], plan:Plan) -> di
         pace = (time.time() - start) / len(finished) / 60
         left = pace * (len(rest) - len(finished))
         number = len(jobs) - len(rest) + len(finished)
-        print(f'[{number} of {len(jobs)}] {job.name}: {_numbers_text(job.rows())}; about {duration(left)} left', flush=True)
+        print(f'[{number} of {len(jobs)}] {job.name}: {_numbers_text(job.rows())}; about {duration(left)} left',
+              flush=True)
         write_rows(Path(options.out)/'points.csv', all_rows(jobs, plan))
 
     failures = run_all(sets, options, rest, done)
@@ -339,8 +341,8 @@ def report_study(
     write_summary(out/'summary.csv', summaries)
     picture = out/'figures'/'study.png'
     draw_study(question, summaries, picture, f'{options.data}, {options.model_name}')
-    points = [dict(metric=s.metric, point=s.point.name, seeds=len(s.values), mean=s.mean, spread=s.spread, paper=s.paper)
-              for s in summaries]
+    points = [dict(metric=s.metric, point=s.point.name, seeds=len(s.values), mean=s.mean, spread=s.spread,
+                   paper=s.paper) for s in summaries]
     result = dict(study=options.study, data=options.data, model=options.model_name, points=points,
                   trends=[asdict(v) for v in verdicts], conclusion=conclusion)
     write_json(result, out/'results.json', options.json)

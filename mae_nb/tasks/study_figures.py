@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'LEVEL', 'MARGIN', 'SEEN', 'OPPOSITE', 'UNKNOWN', 'WORDS', 'Row', 'write_table', 'write_rows', 'Summary',
            'summarize', 'write_summary', 'paired_test', 'holm', 'Verdict', 'judge', 'conclude', 'draw_study']
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #f22462f7
+# %% ../../nbs/tasks/10_study_figures.ipynb #fe15af40
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 from ..base.files import write_atomically
 from .study_points import Point, Study, Trend
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #388aa751
+# %% ../../nbs/tasks/10_study_figures.ipynb #428e14b8
 @dataclass(frozen=True)
 class Row:
     "What a point has reached with one seed."
@@ -56,7 +56,7 @@ def write_rows(
     plain = [{name: getattr(row, name) for name in COLUMNS} | row.numbers for row in rows]
     write_table(file, [*COLUMNS, *numbers], plain)
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #1ccb523c
+# %% ../../nbs/tasks/10_study_figures.ipynb #99b7db1c
 @dataclass(frozen=True)
 class Summary:
     "A point over all its seeds, by one metric."
@@ -97,7 +97,7 @@ def write_summary(
     table = [(s.metric, s.point.name, s.point.x, len(s.values), s.mean, s.spread, s.paper) for s in summaries]
     write_table(file, columns, [dict(zip(columns, line, strict=True)) for line in table])
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #9abe8033
+# %% ../../nbs/tasks/10_study_figures.ipynb #2e2a643d
 LEVEL, MARGIN = .05, .01   # chance of a false alarm in a study; difference in accuracy that counts as none
 
 def paired_test(
@@ -128,7 +128,7 @@ def holm(
         corrected[i] = largest
     return corrected
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #9087b938
+# %% ../../nbs/tasks/10_study_figures.ipynb #9b660cdb
 SEEN, OPPOSITE, UNKNOWN = 'seen', 'not seen', 'cannot be told from noise'
 WORDS = dict(finetune='fine-tuning', linear='linear probing', partial='partial fine-tuning')
 
@@ -159,7 +159,7 @@ def judge(
     results = [paired_test(a.values, b.values, t.relation) for t, (a, b) in zip(trends, pairs)]
     corrected = holm([p for _, p in results])
     verdicts = []
-    for trend, (a, b), (difference, raw), p in zip(trends, pairs, results, corrected, strict=True):
+    for trend, (a, b), (difference, _), p in zip(trends, pairs, results, corrected, strict=True):
         opposite = trend.relation == '=' and _differs(a, b)
         verdicts.append(Verdict(trend, difference, p, _verdict(trend, difference, p, opposite), (a.paper, b.paper)))
     return verdicts
@@ -177,7 +177,7 @@ def _verdict(trend:Trend, difference:float, p:float|None, opposite:bool) -> str:
         return UNKNOWN
     return OPPOSITE if trend.relation == '>' and difference < 0 else SEEN
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #d11a511a
+# %% ../../nbs/tasks/10_study_figures.ipynb #b51ce680
 def conclude(
     study:Study,               # what was asked
     summaries:list[Summary],   # from `summarize`
@@ -199,7 +199,7 @@ def conclude(
         test = 'Test: none is possible with one seed, so nothing can be told from noise: use seeds=3 or more.'
     return '\n'.join([*(line[0].upper() + line[1:] for line in lines), test])
 
-# %% ../../nbs/tasks/10_study_figures.ipynb #df997eb4
+# %% ../../nbs/tasks/10_study_figures.ipynb #fb28e59a
 def draw_study(
     study:Study,               # what was asked
     summaries:list[Summary],   # from `summarize`

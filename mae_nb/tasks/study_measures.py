@@ -6,7 +6,7 @@
 __all__ = ['read_features', 'probe_point', 'labelled_part', 'tuning_learner', 'tune_point', 'run_job', 'logged', 'plain_text',
            'Stopwatch', 'time_batches', 'Cost', 'measure_cost']
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #e9179901
+# %% ../../nbs/tasks/12_study_measures.ipynb #60e32684
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -36,7 +36,7 @@ from ..training.recipes import FinetuneRecipe, override
 from ..training.runs import RunOptions, last_metrics
 from ..weights.building import classifier_from
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #590bdf4d
+# %% ../../nbs/tasks/12_study_measures.ipynb #a7b7a1f3
 @torch.no_grad()
 def read_features(
     encoder:Encoder,      # trained or not; left as it was
@@ -71,15 +71,16 @@ def probe_point(
     encoder:Encoder,       # pretrained
     readout:str='mean',    # a name in `READOUTS`
     seed:int=0,            # of the held-out part
-) -> dict:                 # `linear`: top-1 on the test set; `layer` and `penalty`, which were chosen on the held-out part
+) -> dict:                 # `linear`: top-1 on the test set; `layer` and `penalty`, chosen on the held-out part
     "The linear probe of a point, with what it chose."
     train, test = sets
     features, tests = (read_features(encoder, images, readout) for images in sets)
-    probes = {name: linear_probe(features[name], train.labels, tests[name], test.labels, seed=seed) for name in features}
+    probes = {name: linear_probe(vectors, train.labels, tests[name], test.labels, seed=seed)
+              for name, vectors in features.items()}
     best = max(probes, key=lambda name: max(probes[name].tried.values()))
     return dict(linear=probes[best].accuracy, layer=best, penalty=probes[best].penalty)
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #ed4669ac
+# %% ../../nbs/tasks/12_study_measures.ipynb #9499427a
 def labelled_part(
     train:ImageSet,   # with labels
     labels:int,       # images of each class; 0: all
@@ -136,7 +137,7 @@ def _top1(learn:TaskLearner) -> float:
     learn.fit_recipe()
     return last_metrics(learn)['top1']
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #27d90018
+# %% ../../nbs/tasks/12_study_measures.ipynb #0fe92154
 def run_job(
     sets:tuple,             # (training, test) `ImageSet`s, with labels
     options:StudyOptions,   # of the study
@@ -184,7 +185,7 @@ def plain_text(
     finally:
         progress.IN_NOTEBOOK = in_notebook
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #72633cf4
+# %% ../../nbs/tasks/12_study_measures.ipynb #f2613111
 class Stopwatch(Callback):
     "Ends a fit after a while; the seconds of a batch are then in `per_batch`."
     order, run_valid = 64, False
@@ -257,5 +258,6 @@ def _probe_seconds(sets:tuple, encoder:Encoder, readout:str) -> float:
     reading = timed(lambda: features.update(read_features(encoder, few, readout)), next(encoder.parameters()).device)
     vectors, count = next(iter(features.values())), len(few)
     fitting = timed(lambda: linear_probe(vectors, few.labels, vectors, few.labels, penalties=(1e-3,)))
-    fits = len(features) * (5 * .8 * min(len(train), 10_000) + len(train)) / (1.8 * count)   # images, as in `linear_probe`
+    images = 5 * .8 * min(len(train), 10_000) + len(train)   # that are fitted, as `linear_probe` does by default
+    fits = len(features) * images / (1.8 * count)
     return reading * (len(train) + len(test)) / count + fitting * fits

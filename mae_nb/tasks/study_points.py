@@ -6,7 +6,7 @@
 __all__ = ['STUDIES', 'MODEL_OPTIONS', 'Point', 'Trend', 'Study', 'rivals_module', 'rival_names', 'split_settings', 'own_study',
            'find_study', 'choose_points']
 
-# %% ../../nbs/tasks/09_study_points.ipynb #0869767c
+# %% ../../nbs/tasks/09_study_points.ipynb #25d4fb80
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,9 +14,9 @@ from importlib import import_module
 from ..base.errors import UsageError
 from ..base.names import pick
 from ..training.presets import split_values
-from ..training.recipes import PretrainRecipe, describe_fields, override
+from ..training.recipes import PretrainRecipe, describe_fields
 
-# %% ../../nbs/tasks/09_study_points.ipynb #e8295f7f
+# %% ../../nbs/tasks/09_study_points.ipynb #1b1777e4
 @dataclass(frozen=True)
 class Point:
     "A place on a study's axis: what is pretrained there, and how it is measured."
@@ -42,7 +42,7 @@ class Trend:
     relation: str   # '>': the first is better; '=': both are the same within a point of accuracy; '?': not in the paper
     second: str     # a point's name
 
-# %% ../../nbs/tasks/09_study_points.ipynb #b6fb5b31
+# %% ../../nbs/tasks/09_study_points.ipynb #b2b03520
 @dataclass(frozen=True)
 class Study:
     "What is varied, how it is measured, and what the paper found."
@@ -75,7 +75,7 @@ def _axis_of(field_name:str, values) -> Callable:
     points = [Point(f'{value:g}', value, (f'{field_name}={value}',)) for value in values]
     return lambda size: points
 
-# %% ../../nbs/tasks/09_study_points.ipynb #3e3c7595
+# %% ../../nbs/tasks/09_study_points.ipynb #eb757990
 _WIDTHS = (.125, .25, .5, .75, 1.)
 _LENGTHS = (.125, .25, .5, 1., 2.)
 _CROPS = 'crop_scale=(.2, 1.)'
@@ -130,7 +130,7 @@ def rival_names() -> list[str]:
     rivals = rivals_module()
     return [] if rivals is None else list(rivals.RIVALS)
 
-# %% ../../nbs/tasks/09_study_points.ipynb #e5880120
+# %% ../../nbs/tasks/09_study_points.ipynb #abc75ca6
 def _pairs(metric:str, *texts:str) -> tuple[Trend, ...]:
     "Trends written as 'first > second' or 'first = second'."
     split = [(text, '>' if '>' in text else '=') for text in texts]
@@ -165,8 +165,10 @@ STUDIES = {
          *_pairs('linear', 'norm_pixels > tokens'))),
     'augmentation': Study(
         'Augmentation', 'augmentation', 'Table 1e', _augmentations,
-        _over(('none', 'fixed', 'random', 'jitter'), finetune=(84.0, 84.7, 84.9, 84.3), linear=(65.7, 73.1, 73.5, 71.9)),
-        (*_pairs('finetune', 'random > none', 'random > jitter'), *_pairs('linear', 'random > none', 'random > jitter'))),
+        _over(('none', 'fixed', 'random', 'jitter'),
+              finetune=(84.0, 84.7, 84.9, 84.3), linear=(65.7, 73.1, 73.5, 71.9)),
+        (*_pairs('finetune', 'random > none', 'random > jitter'),
+         *_pairs('linear', 'random > none', 'random > jitter'))),
     'sampling': Study(
         'Mask sampling', 'sampling', 'Table 1f', _samplings,
         _over(('random 75%', 'block 50%', 'block 75%', 'grid 75%'),
@@ -189,7 +191,7 @@ STUDIES = {
         _pairs('finetune', 'mae > beit', 'mae > moco', 'mae > moco_v3', 'mae > dino', 'mae > supervised')),
 }
 
-# %% ../../nbs/tasks/09_study_points.ipynb #57e82921
+# %% ../../nbs/tasks/09_study_points.ipynb #8b97290e
 MODEL_OPTIONS = ('patch_size', 'dim', 'depth', 'num_heads', 'mlp_ratio', 'decoder_heads')   # of `create_mae`
 
 def split_settings(
@@ -240,7 +242,7 @@ def _own_point(name:str, value:str) -> Point:
     except ValueError:
         return Point(value, None, recipe, model)
 
-# %% ../../nbs/tasks/09_study_points.ipynb #6547b3b6
+# %% ../../nbs/tasks/09_study_points.ipynb #38319cc3
 def find_study(
     name:str,           # a key of `STUDIES`, or own
     settings:tuple=(),  # field=value; for own, one with several values

@@ -6,7 +6,7 @@
 __all__ = ['READOUTS', 'StudyOptions', 'float_of', 'Job', 'make_jobs', 'point_options', 'pretrain_point', 'trained_encoder',
            'write_result']
 
-# %% ../../nbs/tasks/11_study_runs.ipynb #37d7699c
+# %% ../../nbs/tasks/11_study_runs.ipynb #3c9a8d74
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..training.recipes import FinetuneRecipe, PretrainRecipe, as_config, mae_op
 from ..training.runs import RunOptions, make_run
 from ..weights.building import ENCODER_OPTIONS
 
-# %% ../../nbs/tasks/11_study_runs.ipynb #154adc1c
+# %% ../../nbs/tasks/11_study_runs.ipynb #52fc5641
 READOUTS = 'mean', 'cls', 'best'   # the last block's patches, averaged; its class token; the best block's average
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class StudyOptions(RunOptions):
 
     def check(self):
         "Raise a clear error for an option that no study can use."
-        self.named_study
+        find_study(self.study, self.set)   # an unknown one is an error
         for name, least in (('seeds', 1), ('jobs', 1), ('labels', 0)):
             if getattr(self, name) < least:
                 raise UsageError(f'`{name}` must be {least} or more, got {getattr(self, name)}')
@@ -71,7 +71,7 @@ class StudyOptions(RunOptions):
                              '`minutes` makes the time equal and `epochs` the epochs: give one of them')
         pick(self.readout, READOUTS, 'readout')
         self.tuning_recipe(None)
-        [float_of(rate) for rate in self.tried_rates]
+        list(map(float_of, self.tried_rates))   # no number is an error
 
     @property
     def named_study(self) -> tuple[Study, tuple]:
@@ -105,7 +105,7 @@ def float_of(
     except ValueError:
         raise UsageError(f'a rate is a number, got {text!r}') from None
 
-# %% ../../nbs/tasks/11_study_runs.ipynb #eff93333
+# %% ../../nbs/tasks/11_study_runs.ipynb #22ecdf33
 @dataclass(frozen=True)
 class Job:
     "One pretraining of a study."
@@ -156,7 +156,7 @@ def point_options(
                       num_workers=options.num_workers, device=options.device, save_every=options.save_every,
                       resume=out and 'auto')
 
-# %% ../../nbs/tasks/11_study_runs.ipynb #b0a2399e
+# %% ../../nbs/tasks/11_study_runs.ipynb #cac50b78
 def pretrain_point(
     sets:tuple,             # (training, validation) `ImageSet`s
     options:StudyOptions,   # of the study
@@ -212,7 +212,7 @@ def trained_encoder(
         encoder.config = {k: v for k, v in made.items() if k in ('name', *ENCODER_OPTIONS)}
     return encoder
 
-# %% ../../nbs/tasks/11_study_runs.ipynb #2347c691
+# %% ../../nbs/tasks/11_study_runs.ipynb #d75529d2
 def write_result(
     job:Job,          # just measured
     rows:list[Row],   # one for each of its points

@@ -229,7 +229,7 @@ def write_json(
             Path(file).write_text(json.dumps(result, indent=1) + '\n')
 
 # %% ../../nbs/training/11_runs.ipynb #2600b002
-FREE = ('num_workers', 'device', 'parallel', 'save_every', 'if_full', 'json', 'jobs')   # options that leave a run what it is
+FREE = ('num_workers', 'device', 'parallel', 'save_every', 'if_full', 'json', 'jobs')   # they leave a run what it is
 COMMANDS = dict(pretrain='mae-pretrain', finetune='mae-finetune', linear='mae-probe', partial='mae-probe',
                 attentive='mae-probe', knn='mae-probe', study='mae-study')   # task in `config.json` -> its command
 
