@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_features', 'probe_point', 'labelled_part', 'tuning_learner', 'tune_point', 'run_job', 'logged', 'plain_text',
-           'Stopwatch', 'time_batches', 'Cost', 'measure_cost']
+           'Stopwatch', 'time_batches', 'Cost', 'duration', 'measure_cost']
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #60e32684
+# %% ../../nbs/tasks/12_study_measures.ipynb #7d8b4ac7
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -36,7 +36,7 @@ from ..training.recipes import FinetuneRecipe, override
 from ..training.runs import RunOptions, last_metrics
 from ..weights.building import classifier_from
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #a7b7a1f3
+# %% ../../nbs/tasks/12_study_measures.ipynb #b09529e4
 @torch.no_grad()
 def read_features(
     encoder:Encoder,      # trained or not; left as it was
@@ -80,7 +80,7 @@ def probe_point(
     best = max(probes, key=lambda name: max(probes[name].tried.values()))
     return dict(linear=probes[best].accuracy, layer=best, penalty=probes[best].penalty)
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #9499427a
+# %% ../../nbs/tasks/12_study_measures.ipynb #8444718d
 def labelled_part(
     train:ImageSet,   # with labels
     labels:int,       # images of each class; 0: all
@@ -137,7 +137,7 @@ def _top1(learn:TaskLearner) -> float:
     learn.fit_recipe()
     return last_metrics(learn)['top1']
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #0fe92154
+# %% ../../nbs/tasks/12_study_measures.ipynb #66a7e746
 def run_job(
     sets:tuple,             # (training, test) `ImageSet`s, with labels
     options:StudyOptions,   # of the study
@@ -185,7 +185,7 @@ def plain_text(
     finally:
         progress.IN_NOTEBOOK = in_notebook
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #f2613111
+# %% ../../nbs/tasks/12_study_measures.ipynb #bf603ec9
 class Stopwatch(Callback):
     "Ends a fit after a while; the seconds of a batch are then in `per_batch`."
     order, run_valid = 64, False
@@ -228,6 +228,14 @@ class Cost:
     def minutes(self, epochs:int) -> float:
         "Of one seed."
         return (self.epoch * epochs + self.measuring) / 60
+
+def duration(
+    minutes:float,
+) -> str:
+    "Minutes in the unit that suits them."
+    if minutes < 1:
+        return f'{60 * minutes:.0f} s'
+    return f'{minutes:.1f} min' if minutes < 120 else f'{minutes / 60:.1f} h'
 
 def measure_cost(
     sets:tuple,             # (training, test) `ImageSet`s, with labels

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from support import begin_command
 
 from mae_nb.base.errors import UsageError, require
@@ -36,8 +37,10 @@ def toy(monkeypatch):
 
 @pytest.fixture
 def untimed(monkeypatch):
-    "Without the timing at the beginning."
+    "Without the timing at the beginning, and without the pictures of each run."
     monkeypatch.setattr(module, 'measure_cost', lambda *_: Cost(1., 1.))
+    monkeypatch.setattr('mae_nb.training.runs.plot_metrics', lambda _: Figure())
+    monkeypatch.setattr('mae_nb.tasks.finetune._draw_confusion', lambda *_: None)
 
 
 def options(tmp_path, study, **changes):
@@ -66,7 +69,7 @@ def test_each_study_trains_measures_and_reports(name, toy, untimed, tmp_path):
 
 def test_a_killed_study_resumes_to_the_same_table(toy, untimed, tmp_path, forked):
     "Killed in the second of two points; the first is kept, the second resumes from its checkpoint."
-    flags = ('--points', '.5,.9', '--seeds', 1, *FLAGS[2:], '--epochs', 8, '--save-every', 1)
+    flags = ('--points', '.5,.9', '--seeds', 1, *FLAGS[2:], '--epochs', 4, '--save-every', 1)
     straight = forked('mae-study', 'mask-ratio', *flags)
     assert straight.code == 0, straight
     whole = (tmp_path/'study'/'points.csv').read_bytes()
