@@ -815,6 +815,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mae_nb/tasks/study_measures.py'),
                                              'mae_nb.tasks.study_measures._readouts': ( 'tasks/study_measures.html#_readouts',
                                                                                         'mae_nb/tasks/study_measures.py'),
+                                             'mae_nb.tasks.study_measures._timed_cost': ( 'tasks/study_measures.html#_timed_cost',
+                                                                                          'mae_nb/tasks/study_measures.py'),
                                              'mae_nb.tasks.study_measures._top1': ( 'tasks/study_measures.html#_top1',
                                                                                     'mae_nb/tasks/study_measures.py'),
                                              'mae_nb.tasks.study_measures.duration': ( 'tasks/study_measures.html#duration',

@@ -6,7 +6,8 @@
 __all__ = ['read_features', 'probe_point', 'labelled_part', 'tuning_learner', 'tune_point', 'run_job', 'logged', 'plain_text',
            'Stopwatch', 'time_batches', 'Cost', 'duration', 'measure_cost']
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #7d8b4ac7
+# %% ../../nbs/tasks/12_study_measures.ipynb #9fa0f282
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -36,7 +37,7 @@ from ..training.recipes import FinetuneRecipe, override
 from ..training.runs import RunOptions, last_metrics
 from ..weights.building import classifier_from
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #b09529e4
+# %% ../../nbs/tasks/12_study_measures.ipynb #7e116a48
 @torch.no_grad()
 def read_features(
     encoder:Encoder,      # trained or not; left as it was
@@ -80,7 +81,7 @@ def probe_point(
     best = max(probes, key=lambda name: max(probes[name].tried.values()))
     return dict(linear=probes[best].accuracy, layer=best, penalty=probes[best].penalty)
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #8444718d
+# %% ../../nbs/tasks/12_study_measures.ipynb #e96881f9
 def labelled_part(
     train:ImageSet,   # with labels
     labels:int,       # images of each class; 0: all
@@ -137,7 +138,7 @@ def _top1(learn:TaskLearner) -> float:
     learn.fit_recipe()
     return last_metrics(learn)['top1']
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #66a7e746
+# %% ../../nbs/tasks/12_study_measures.ipynb #23dee923
 def run_job(
     sets:tuple,             # (training, test) `ImageSet`s, with labels
     options:StudyOptions,   # of the study
@@ -185,7 +186,7 @@ def plain_text(
     finally:
         progress.IN_NOTEBOOK = in_notebook
 
-# %% ../../nbs/tasks/12_study_measures.ipynb #bf603ec9
+# %% ../../nbs/tasks/12_study_measures.ipynb #87e9fdd3
 class Stopwatch(Callback):
     "Ends a fit after a while; the seconds of a batch are then in `per_batch`."
     order, run_valid = 64, False
@@ -243,8 +244,17 @@ def measure_cost(
     points:tuple,           # that share a pretraining
     seconds:float=.5,       # for each part
 ) -> Cost:
-    "A short timing of a point's pretraining and measurements."
-    train, test = sets
+    "A short timing of a point's pretraining and measurements, with a job's share of the threads."
+    threads = torch.get_num_threads()
+    if options.jobs > 1:
+        torch.set_num_threads(max((os.cpu_count() or 1) // options.jobs, 1))
+    try:
+        return _timed_cost(sets, options, points, seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+def _timed_cost(sets:tuple, options:StudyOptions, points:tuple, seconds:float) -> Cost:
+    train = sets[0]
     learn = pretrain_point((train, None), options, points[0], options.seed, 1)
     epoch = time_batches(learn, seconds) * len(learn.dls.train)
     encoder, measuring = trained_encoder(learn, options, points[0]), 0.
