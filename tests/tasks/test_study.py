@@ -153,7 +153,7 @@ def test_a_method_that_lacks_a_package_is_an_error_before_anything_is_trained(to
     assert not (tmp_path/'study').exists()
 
 
-def test_wrong_use_is_one_line(toy, forked, tmp_path, photos):
+def test_wrong_use_is_one_line(toy, untimed, forked, tmp_path, photos):
     flat = tmp_path/'flat'
     flat.mkdir()
     for file in photos.glob('even/*'):
@@ -165,7 +165,6 @@ def test_wrong_use_is_one_line(toy, forked, tmp_path, photos):
         ('mask-ratio', '--minutes', 1, *FLAGS): '--minutes makes the time equal and --epochs the epochs',
         ('mask-ratio', '--data', 'flat', '--device', 'cpu'): 'flat has no labels: put the images of each class into',
         ('own', *FLAGS): 'such as --set mask_ratio=.5,.6,.75, and got 0',
-        ('own', '--set', 'num_heads=3,4', *FLAGS): 'width 128',
         ('methods', '--points', 'mocov3', *FLAGS): "unknown point 'mocov3'",
         ('mask-ratio', *FLAGS, '--out', 'photos'): 'photos exists already and is not empty',
     }
