@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # an import goes up this list only
 PACKAGES = ('base', 'model', 'data', 'weights', 'training', 'tasks', 'measure', 'commands', 'all')
-COMMANDS = ('demo', 'pretrain', 'finetune', 'probe', 'show', 'convert', 'replay', 'pack', 'bench', 'plan', 'check')
+COMMANDS = ('demo', 'pretrain', 'finetune', 'probe', 'show', 'convert', 'replay', 'pack', 'bench', 'plan', 'check',
+            'study')
 
 
 def module_files(folder: Path) -> list[Path]:

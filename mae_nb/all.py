@@ -56,10 +56,13 @@ PUBLIC = {   # module -> its public names
     'tasks.replay': 'replay',
     'tasks.rival_recipes': 'RIVALS rival_recipe',
     'tasks.rivals': 'rival_learner rival_run',
+    'tasks.study_points': 'STUDIES',
+    'tasks.study_runs': 'StudyOptions',
+    'tasks.study': 'run_study',
     'measure.bench': 'random_images',
     'measure.plan': 'DATASETS fit_batch make_plan',
     'commands': '''mae_demo mae_pretrain mae_finetune mae_probe mae_replay mae_show mae_convert mae_pack mae_bench
-                   mae_plan mae_check''',
+                   mae_plan mae_check mae_study''',
 }
 _homes = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = list(_homes)   # nbdev lists only what a notebook defines itself

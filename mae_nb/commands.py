@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Repeatable', 'Positional', 'command', 'mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show', 'mae_convert',
-           'mae_pack', 'mae_check', 'mae_bench', 'mae_plan', 'mae_replay', 'mae_demo']
+           'mae_pack', 'mae_check', 'mae_bench', 'mae_plan', 'mae_study', 'mae_replay', 'mae_demo']
 
 # %% ../nbs/commands.ipynb #0a1d0231
 import re
@@ -80,7 +80,8 @@ def _remains(out:str|Path|None, code:int) -> str:
     if code == 2 or not out or not Path(out).is_dir():
         return ''
     from mae_nb.weights.reading import checkpoints_in
-    resume = f'; resume it with --resume {out}' if checkpoints_in(Path(out)/'checkpoints') else ''
+    resumable = checkpoints_in(Path(out)/'checkpoints') or (Path(out)/'points').is_dir()   # a run's, or a study's
+    resume = f'; resume it with --resume {out}' if resumable else ''
     return f'; what was done so far is in {out}{resume}'
 
 # %% ../nbs/commands.ipynb #888fed7d
@@ -351,6 +352,48 @@ def mae_plan(
         print(plan_text(result))
         write_json(result, json)
         return result
+
+# %% ../nbs/commands.ipynb #75554500
+@call_parse
+def mae_study(
+    study:Positional=None,  # mask-ratio, decoder-depth, decoder-width, mask-token, target, augmentation, sampling, ...
+    data:str=None,         # fashion, cifar10 or a folder with one subfolder per class; by default the setting `dataset`
+    out:str=None,          # the study's folder, new or empty; by default a new one in the setting `runs`
+    points:str=None,       # points wanted, with commas between, such as .5,.75,.9; by default all
+    seeds:int=3,           # runs of each point
+    epochs:int=None,       # of pretraining at each point; by default the recipe's
+    minutes:float=None,    # of pretraining at each point: equal time instead of equal epochs
+    model:str=None,  # a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
+    recipe:str=None,       # pretraining's recipe; by default the data set's own, for a folder the paper's
+    # field=value: change a field of pretraining's recipe or an option of the model; repeatable; in the study own one
+    # of them has several values, such as mask_ratio=.5,.6,.75
+    set:Repeatable=None,
+    bs:int=None,           # images in an optimizer step of pretraining; by default the recipe's
+    labels:int=100,        # labelled images of each class for fine-tuning; 0: all
+    tune:Repeatable=None,  # field=value: change a field of fine-tuning's recipe; repeatable
+    rates:str=None,  # fine-tuning: base rates to choose from on held-out labels, such as 5e-3,1e-2; by default one
+    readout:str='mean',    # linear probe: mean of the last block's patches, its class token cls, or the best of all
+    jobs:int=1,            # points trained at a time, each in a process with its share of the cores
+    seed:int=0,            # the first run's
+    num_workers:int=None,  # processes of each job that read images
+    device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    json:str=None,         # also write the results to this file
+    resume:str=None,       # a study's folder to resume; or auto: resume --out if it exists, else start it
+    save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
+    plan:bool=False,       # report what the study will cost, and stop
+    debug:bool=False,      # show the whole traceback of an error
+):
+    "Run one of the paper's studies at a small scale, or your own, and draw it next to the paper's."
+    with command(mae_study, debug) as run:
+        from mae_nb.tasks.study import resolve_study, run_study
+        from mae_nb.tasks.study_runs import StudyOptions
+        options = StudyOptions(data, study=study, out=out, points=points, seeds=seeds, epochs=epochs, minutes=minutes,
+                               model=model, recipe=recipe, set=set, bs=bs, labels=labels, tune=tune, rates=rates,
+                               readout=readout, jobs=jobs, seed=seed, num_workers=num_workers, device=device,
+                               json=json, resume=resume, save_every=save_every)
+        options = resolve_study(options)
+        run.out = options.out
+        return run_study(options, plan)
 
 # %% ../nbs/commands.ipynb #97e39ee2
 @call_parse

@@ -229,9 +229,9 @@ def write_json(
             Path(file).write_text(json.dumps(result, indent=1) + '\n')
 
 # %% ../../nbs/training/11_runs.ipynb #2600b002
-FREE = ('num_workers', 'device', 'parallel', 'save_every', 'if_full', 'json')   # options that leave a run what it is
+FREE = ('num_workers', 'device', 'parallel', 'save_every', 'if_full', 'json', 'jobs')   # they leave a run what it is
 COMMANDS = dict(pretrain='mae-pretrain', finetune='mae-finetune', linear='mae-probe', partial='mae-probe',
-                attentive='mae-probe', knn='mae-probe')   # task in `config.json` -> the command that makes such runs
+                attentive='mae-probe', knn='mae-probe', study='mae-study')   # task in `config.json` -> its command
 
 def absolute_path(
     name:str|None,  # a data set's name, a folder or a file

@@ -28,7 +28,7 @@ def test_an_import_goes_up_the_table_only():
 
 def test_modules_and_lines_are_short():
     sizes = {name: len(t.splitlines()) for name, t in TEXTS.items()}
-    assert sizes.pop('commands.py') <= 400   # eleven commands, with a line of help for each flag
+    assert sizes.pop('commands.py') <= 430   # twelve commands, with a line of help for each flag
     assert {name: n for name, n in sizes.items() if n > 350} == {}
     lines = [(name, line) for name, t in TEXTS.items() for line in without_all(t).splitlines()]
     assert [(name, line) for name, line in lines if len(line) > 120] == []
