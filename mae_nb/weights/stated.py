@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stated', 'read_fields', 'stated_by_hf', 'stated_by_timm', 'stated_by_checkpoint', 'stated_by_preprocessor',
-           'num_blocks', 'hidden_ratio', 'measured_size', 'check_stated']
+           'num_blocks', 'hidden_ratio', 'measured_size', 'patch_count', 'check_stated']
 
 # %% ../../nbs/weights/00_stated.ipynb #105aa29a
 import argparse
@@ -246,6 +246,17 @@ def measured_size(
         size['decoder_mlp_ratio'] = hidden_ratio(len(hidden), decoder_dim)
     return size
 
+def patch_count(
+    state:dict,  # names to tensors
+    img_size,    # side or (rows, columns) in pixels; None if it is not stated
+) -> int|None:
+    "How many patches an image of the stated size has."
+    patch = next((v for v in state.values() if v.ndim == 4), None)   # a vision transformer has one convolution
+    if img_size is None or patch is None:
+        return None
+    rows, columns = to_pair(img_size)
+    return rows // patch.shape[-1] * (columns // patch.shape[-1])
+
 def check_stated(
     stated:dict,  # options that another library's file states
     ours:dict,    # its tensors under our names
@@ -265,8 +276,7 @@ def check_stated(
     if 'decoder.embed.weight' in ours:
         held['decoder_dim'] = shapes['decoder.embed.weight'][0]
     if 'img_size' in stated and patch and table:
-        rows, columns = to_pair(stated['img_size'])
-        fits = rows // patch[2] * (columns // patch[2]) == table[1] - 1
+        fits = patch_count(ours, stated['img_size']) == table[1] - 1
         held['img_size'] = stated['img_size'] if fits else f'of {table[1] - 1} patches'
     for name in [k for k in held if k in stated and stated[k] != held[k]]:
         raise UsageError(f'its configuration says {name} {stated[name]} and its tensors {held[name]}')
