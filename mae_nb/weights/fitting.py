@@ -12,7 +12,6 @@ import re
 import torch
 
 from ..base.errors import UsageError
-from ..base.names import to_pair
 from ..model.positions import resize_positions, sincos_2d
 from .layouts import layout_of, to_ours
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import safetensors
 from safetensors.torch import load_file
-import torch
 
 from ..base.errors import MissingFile, UsageError
 from .published import CHECKPOINTS, fetch

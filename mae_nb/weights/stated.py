@@ -115,8 +115,8 @@ _OTHER = 'an argument of timm that makes another model than ours'
 
 def _architecture(name:str) -> dict:
     "Size and heads by timm's name of a model."
-    plain = re.fullmatch(r'vit_(tiny|small|base|large|huge)_patch(\d+)(_reg\d+)?(_dinov2|_dinov3)?(_(\d+))?(\..*)?', name)
-    if not plain or '_dinov3' in name:
+    plain = re.fullmatch(r'vit_(tiny|small|base|large|huge)_patch(\d+)(_reg\d+)?(_dinov2)?(_(\d+))?(\..*)?', name)
+    if not plain:
         raise UsageError('no plain vision transformer such as vit_base_patch16_224')
     ours = f'mae_vit_{plain[1]}_patch{plain[2]}'
     named = dict(name=ours) if ours in SIZES else {}

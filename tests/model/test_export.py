@@ -1,4 +1,4 @@
-"""Every model leaves this library: exported for any batch, traced, compiled, copied and pickled, with the same numbers."""
+"""Every model leaves this library: exported for any batch, traced, compiled, copied, pickled, with the same numbers."""
 import copy
 import pickle
 
