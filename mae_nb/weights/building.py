@@ -188,7 +188,7 @@ def _check_mae(
 ):
     "Raise where a file holds no whole masked autoencoder, or its mask sampler is not known here."
     if 'num_classes' in options:
-        raise UsageError(f'{weights.where} holds a classifier, not a masked autoencoder')
+        raise UsageError(f'{weights.where} holds a classifier, not a masked autoencoder: use load_classifier')
     has_decoder = any(k.startswith('decoder.') for k in weights.state) if weights.own else 'target' in options
     if not has_decoder:
         raise UsageError(f'{weights.where} holds an encoder without a decoder: '
