@@ -31,7 +31,7 @@ PUBLIC = {   # module -> its public names
     'data.loader': 'loader_batch get_dls',
     'weights.published': 'CHECKPOINTS',
     'weights.loading': 'LoadReport load_weights load_official load_timm load_hf',
-    'weights.building': 'load_mae load_encoder classifier_from',
+    'weights.building': 'load_mae load_encoder load_classifier classifier_from',
     'weights.convert': 'save_official save_timm save_hf',
     'weights.hub': 'save_pretrained from_pretrained push_to_hub',
     'training.recipes': '''Recipe PretrainRecipe FinetuneRecipe ScratchRecipe LinearRecipe PartialRecipe AttentiveRecipe
@@ -46,7 +46,7 @@ PUBLIC = {   # module -> its public names
     'training.runs': 'RunOptions RunWriter make_run next_run read_metrics plot_metrics report_run last_metrics',
     'training.engine': 'TaskLearner',
     'tasks.visualize': 'reconstruct show_reconstructions save_reconstructions',
-    'tasks.pretrain': 'pretrain_learner pretrain_run pretrain',
+    'tasks.pretrain': 'PretrainOptions pretrain_learner pretrain_run pretrain',
     'tasks.finetune': '''FinetuneOptions top1 top5 finetune_learner partial_learner freeze_below
                          finetune_run finetune''',
     'tasks.features': 'get_encoder extract_features pixel_features Probe linear_probe KnnResult knn_probe',

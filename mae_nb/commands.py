@@ -110,6 +110,8 @@ def mae_pretrain(
     data:Positional=None,  # a data set's name (fashion, cifar10) or a folder of images
     out:str=None,          # the run folder, new or empty; by default a new one in the setting `runs`
     model:str=None,  # a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
+    # weights to start from: a run folder, a file of any layout or a published name; by default none
+    init:str=None,
     img_size:int=None,     # side of the images in pixels; by default the model's own
     recipe:str=None,       # a recipe's name; by default the data set's own, for a folder the paper's
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
@@ -128,11 +130,11 @@ def mae_pretrain(
 ):
     "Pretrain a masked autoencoder."
     with command(mae_pretrain, debug) as run:
-        from mae_nb.tasks.pretrain import pretrain
-        from mae_nb.training.runs import RunOptions
-        options = RunOptions(data, out=out, model=model, img_size=img_size, recipe=recipe, set=set, epochs=epochs,
-                             max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers, device=device,
-                             decode=decode, parallel=parallel, resume=resume, save_every=save_every, if_full=if_full)
+        from mae_nb.tasks.pretrain import PretrainOptions, pretrain
+        options = PretrainOptions(data, out=out, model=model, init=init, img_size=img_size, recipe=recipe, set=set,
+                                  epochs=epochs, max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers,
+                                  device=device, decode=decode, parallel=parallel, resume=resume,
+                                  save_every=save_every, if_full=if_full)
         options = options.resolved()
         run.out = options.out
         return pretrain(options)

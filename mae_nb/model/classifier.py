@@ -26,7 +26,8 @@ class Classifier(Encoder):
         self.pool = pick(pool, ('avg', 'cls'), 'pooling')
         self.pos_embed.requires_grad_(True)
         if pool == 'avg':
-            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=1e-6)
+            eps = self.norm.eps
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(self.dim, eps=eps)
         self.head = nn.Linear(self.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -40,7 +41,7 @@ class Classifier(Encoder):
         return self.head(self.fc_norm(pooled) if self.pool == 'avg' else pooled)
 
 # %% ../../nbs/model/09_classifier.ipynb #b2300001
-ENCODER_OPTIONS = ('img_size', 'in_chans', 'patch_size', 'dim', 'depth', 'num_heads', 'mlp_ratio')
+ENCODER_OPTIONS = ('img_size', 'in_chans', 'patch_size', 'dim', 'depth', 'num_heads', 'mlp_ratio', 'norm_eps')
 
 def encoder_options(
     name:str,   # a key of `SIZES`

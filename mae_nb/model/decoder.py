@@ -25,14 +25,15 @@ class Decoder(nn.Module):
         num_heads:int=16,      # heads nh
         mlp_ratio:float=4.,    # width of the MLP's hidden layer / dim
         mask_tokens:bool=True, # fill the gaps; False for an encoder with mask tokens of its own, which leaves none
+        norm_eps:float=1e-6,   # added to the variance in the norms
     ):
         super().__init__()
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim)) if mask_tokens else None
         positions = sincos_2d(dim, grid, cls_token=True)[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.pred = nn.Linear(dim, out_dim)
         self.apply(init_transformer)
         if mask_tokens:
@@ -68,12 +69,13 @@ class CrossDecoder(nn.Module):
         depth:int=8,           # number of blocks
         num_heads:int=16,      # heads nh
         mlp_ratio:float=4.,    # width of the MLP's hidden layer / dim
+        norm_eps:float=1e-6,   # added to the variance in the norms
     ):
         super().__init__()
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(CrossBlock(dim, in_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(CrossBlock(dim, in_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.pred = nn.Linear(dim, out_dim)
         self.apply(init_transformer)
         nn.init.normal_(self.mask_token, std=.02)

@@ -50,6 +50,7 @@ class Encoder(nn.Module):
         drop_path:float=0.,                # stochastic depth of the last block; grows linearly from 0
         mask_tokens:bool=False,            # put a learned token into the place of each removed patch (Table 1c)
         config:dict|None=None,             # the options it was created with, kept as `.config`; {} if made by hand
+        norm_eps:float=1e-6,               # added to the variance in the norms
     ):
         super().__init__()
         self.config = dict(config or {})
@@ -61,8 +62,8 @@ class Encoder(nn.Module):
         positions = sincos_2d(dim, self.grid, cls_token=True)[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.apply(init_transformer)
         nn.init.normal_(self.cls_token, std=.02)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * .02) if mask_tokens else None

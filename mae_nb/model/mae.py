@@ -144,7 +144,8 @@ class MAE(nn.Module):
         return self.encoder(imgs, mask)
 
 # %% ../../nbs/model/08_mae.ipynb #0ca1e1ed
-_SIZE_DEFAULTS = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16, mlp_ratio=4.)
+_SIZE_DEFAULTS = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16, mlp_ratio=4., decoder_mlp_ratio=None,
+                      norm_eps=1e-6)
 _DEFAULTS = dict(target_size=None, loss_on='masked', encoder_mask_tokens=False, decoder='self', decode_ratio=1.)
 
 def create_mae(
@@ -169,11 +170,12 @@ def create_mae(
     size |= kwargs
     if img_size is not None:
         size['img_size'] = img_size
-    own = {k: size.pop(f'decoder_{k}') for k in ('dim', 'depth', 'heads')}
+    own = {k: size.pop(f'decoder_{k}') for k in ('dim', 'depth', 'heads', 'mlp_ratio')}
+    ratio = size['mlp_ratio'] if own['mlp_ratio'] is None else own['mlp_ratio']
     encoder = Encoder(in_chans=in_chans, mask_tokens=encoder_mask_tokens, **size)
     made_target = _make_target(target, target_size, size['patch_size'], in_chans)
-    shape = encoder.grid, encoder.dim, made_target.out_dim, own['dim'], own['depth'], own['heads'], size['mlp_ratio']
-    made_decoder = _make_decoder(decoder, encoder_mask_tokens, shape)
+    shape = encoder.grid, encoder.dim, made_target.out_dim, own['dim'], own['depth'], own['heads'], ratio
+    made_decoder = _make_decoder(decoder, encoder_mask_tokens, shape, size['norm_eps'])
     options = dict(target_size=target_size, loss_on=loss_on, encoder_mask_tokens=encoder_mask_tokens,
                    decoder=decoder, decode_ratio=decode_ratio)
     config = dict(name=name, img_size=encoder.img_size, in_chans=in_chans, target=made_target.name,
@@ -195,10 +197,10 @@ def _make_target(target, target_size, patch_size, in_chans):
                          "use target='pca' or target='tokens'")
     return target_class(patch_size, in_chans, size=target_size)
 
-def _make_decoder(kind, encoder_mask_tokens, shape):
+def _make_decoder(kind, encoder_mask_tokens, shape, norm_eps):
     "The decoder of a kind, 'self' or 'cross'."
     if pick(kind, ('self', 'cross'), 'decoder') == 'self':
-        return Decoder(*shape, mask_tokens=not encoder_mask_tokens)
+        return Decoder(*shape, mask_tokens=not encoder_mask_tokens, norm_eps=norm_eps)
     if encoder_mask_tokens:
         raise UsageError("encoder_mask_tokens leaves no gap for decoder='cross' to fill: use decoder='self'")
-    return CrossDecoder(*shape)
+    return CrossDecoder(*shape, norm_eps=norm_eps)

@@ -84,11 +84,12 @@ class Block(nn.Module):
         num_heads:int,       # heads nh
         mlp_ratio:float=4.,  # width of the MLP's hidden layer / d
         drop_path:float=0.,  # rate of stochastic depth while training
+        norm_eps:float=1e-6, # added to the variance in the norms
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
@@ -136,11 +137,12 @@ class CrossBlock(nn.Module):
         source_dim:int,      # width of the source's tokens
         num_heads:int,       # heads nh
         mlp_ratio:float=4.,  # width of the MLP's hidden layer / d
+        norm_eps:float=1e-6, # added to the variance in the norms
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = CrossAttention(dim, source_dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self,

@@ -32,7 +32,7 @@ from ..training.engine import TaskLearner, check_channels, run_seed
 from ..training.optim import finetune_groups
 from ..training.recipes import FinetuneRecipe, PartialRecipe, as_config
 from ..training.runs import RunOptions, absolute_path, last_metrics, make_run, report_run, write_json
-from ..weights.building import classifier_from, load_encoder
+from ..weights.building import classifier_from, keep_head, load_encoder
 
 # %% ../../nbs/tasks/03_finetune.ipynb #d358de4d
 class DropNoise(Callback):
@@ -323,6 +323,9 @@ def finetune_setup(
     else:
         model, report = seeded(options.seed, classifier_from, encoder, *head)
         print_once(f'{options.weights}: {report}')
+        kept = keep_head(model, options.weights, sets[0].classes)
+        if kept:
+            print_once(f'{options.weights}: {kept}')
     return finetune_run(sets, model, recipe, options, config=dict(options=options.as_config()))
 
 def finetune(

@@ -16,10 +16,10 @@ import torch
 
 from ..base.errors import MissingFile
 from .finetune import FinetuneOptions, finetune_setup
-from .pretrain import pretrain_setup
+from .pretrain import PretrainOptions, pretrain_setup
 from .probes import ProbeOptions, probe_setup
 from ..training.checkpoints import Checkpoints
-from ..training.runs import RunOptions, begun_options, read_options, write_json
+from ..training.runs import begun_options, read_options, write_json
 
 # %% ../../nbs/tasks/07_replay.ipynb #2600b010
 STEP_KEYS = {'run', 'epoch', 'first_batch', 'samples', 'files'}
@@ -78,7 +78,7 @@ class Replay(Callback):
             hook.remove()
 
 # %% ../../nbs/tasks/07_replay.ipynb #7a000008
-SETUPS = {'mae-pretrain': (RunOptions, pretrain_setup), 'mae-finetune': (FinetuneOptions, finetune_setup),
+SETUPS = {'mae-pretrain': (PretrainOptions, pretrain_setup), 'mae-finetune': (FinetuneOptions, finetune_setup),
           'mae-probe': (ProbeOptions, probe_setup)}   # the command that made a run -> its options and learner
 
 def replay(

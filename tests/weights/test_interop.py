@@ -95,7 +95,7 @@ def test_transformers_mae(target, dtype, tolerance, tmp_path):
         check_gradients(mine, grads, tolerance)
 
 @DTYPES
-@pytest.mark.parametrize('img_size', [224, 448])
+@pytest.mark.parametrize('img_size', [64, 128])
 def test_transformers_encoder(img_size, dtype, tolerance, tmp_path):
     theirs = shaken(hf_mae(img_size, ViTMAEModel), dtype)
     ours = small_mae(img_size=img_size).to(dtype).eval()
@@ -107,7 +107,7 @@ def test_transformers_encoder(img_size, dtype, tolerance, tmp_path):
             assert relative(mine(imgs, mask), other(imgs, noise=noise).last_hidden_state) < tolerance
 
 @DTYPES
-@pytest.mark.parametrize('img_size', [224, 448])
+@pytest.mark.parametrize('img_size', [64, 128])
 def test_transformers_classifier(img_size, dtype, tolerance, tmp_path):
     theirs = shaken(ViTForImageClassification(ViTConfig(**vit_config(img_size, num_labels=10))), dtype)
     ours = small_classifier(pool='cls', img_size=img_size).to(dtype).eval()
@@ -117,7 +117,7 @@ def test_transformers_classifier(img_size, dtype, tolerance, tmp_path):
             assert relative(mine(imgs), other(imgs).logits) < tolerance
 
 @DTYPES
-@pytest.mark.parametrize('img_size', [224, 448])
+@pytest.mark.parametrize('img_size', [64, 128])
 @pytest.mark.parametrize('pool', ['encoder', 'avg', 'cls'])
 def test_timm(pool, img_size, dtype, tolerance):
     "The encoder's features, and logits and gradients of classifiers with both poolings."
@@ -135,6 +135,7 @@ def test_timm(pool, img_size, dtype, tolerance):
         b.square().mean().backward()
         check_gradients(mine, {k: p.grad for k, p in other.named_parameters()}, tolerance)
 
+@pytest.mark.slow   # of full size; the same paths at a small size are tested above
 @pytest.mark.parametrize('pool', ['avg', 'cls'])
 def test_timm_base(pool, tmp_path):
     "The whole ViT-B classifier, by files, in both directions."
