@@ -1024,8 +1024,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'mae_nb/tasks/study_points.py'),
                                            'mae_nb.tasks.study_points.rival_names': ( 'tasks/study_points.html#rival_names',
                                                                                       'mae_nb/tasks/study_points.py'),
-                                           'mae_nb.tasks.study_points.rivals_module': ( 'tasks/study_points.html#rivals_module',
-                                                                                        'mae_nb/tasks/study_points.py'),
                                            'mae_nb.tasks.study_points.split_settings': ( 'tasks/study_points.html#split_settings',
                                                                                          'mae_nb/tasks/study_points.py')},
             'mae_nb.tasks.study_runs': { 'mae_nb.tasks.study_runs.Job': ('tasks/study_runs.html#job', 'mae_nb/tasks/study_runs.py'),

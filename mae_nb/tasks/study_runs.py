@@ -22,7 +22,7 @@ from ..model.mae import SIZES, create_mae
 from .features import get_encoder
 from .pretrain import pretrain_run
 from .study_figures import Row
-from .study_points import Point, Study, find_study, rivals_module, split_settings
+from .study_points import Point, Study, find_study, split_settings
 from ..training.engine import TaskLearner
 from ..training.presets import RECIPES, default_recipe, recipe_from_flags, split_values
 from ..training.recipes import FinetuneRecipe, PretrainRecipe, as_config, mae_options, override
@@ -179,20 +179,20 @@ def pretrain_point(
 
 def _rival_learner(sets, options, point, run) -> TaskLearner:
     "The learner of another method, from its table."
-    rivals = rivals_module()
-    if rivals is None:
-        raise UsageError('this version of mae_nb has no mae_nb.tasks.rivals: the only method is mae')
-    recipe = _rival_recipe(rivals, options, point, run.epochs)
+    from mae_nb.tasks.rivals import rival_learner   # slow to import
+    recipe = _rival_recipe(options, point, run.epochs)
     dls = get_dls(sets, recipe, img_size=options.img_size or options.size['img_size'], **run.loader_options())
     extra = {}
     if run.out:
         config = dict(task='rival', method=point.method, model=options.model_name, recipe=as_config(recipe))
         extra = dict(out=make_run(run.out, config | run.common_config(), resume=True))
-    return rivals.rival_learner(point.method, dls, options.model_name, recipe, save_every=options.save_every, **extra)
+    return rival_learner(point.method, dls, options.model_name, recipe, augment=point.augment,
+                         save_every=options.save_every, **extra)
 
-def _rival_recipe(rivals, options:StudyOptions, point:Point, epochs:int):
+def _rival_recipe(options:StudyOptions, point:Point, epochs:int):
     "A method's own recipe for this model, with the study's epochs, and its settings as far as the method has them."
-    recipe = rivals.rival_recipe(pick(point.method, rivals.RIVALS, 'method'), options.model_name)
+    from mae_nb.tasks.rivals import RIVALS, rival_recipe
+    recipe = rival_recipe(pick(point.method, RIVALS, 'method'), options.model_name)
     warmup = recipe.warmup_epochs * epochs / recipe.epochs   # keeps its share
     names = {f.name for f in fields(recipe)}
     shared = [text for text in split_settings(options.named_study[1])[0] if text.partition('=')[0].strip() in names]

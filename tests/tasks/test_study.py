@@ -133,12 +133,12 @@ def test_other_methods_are_measured_alike(toy, untimed, tmp_path, monkeypatch):
     from mae_nb.training.recipes import mae_options
     seen = []
 
-    def rival_learner(name, dls, size_name, recipe, **rest):
+    def rival_learner(name, dls, size_name, recipe, augment, **rest):
         seen.append((name, size_name, recipe.epochs, recipe.warmup_epochs, recipe.batch_size, dls.train.bs))
         model = seeded(dls.seed, create_mae, size_name, in_chans=1, **mae_options(recipe))
         return pretrain_learner(dls, model, recipe, **rest)
     rivals_with(monkeypatch, rival_learner)
-    result = run_study(options(tmp_path, 'methods', epochs=2))
+    result = run_study(options(tmp_path, 'methods', points='mae,moco', epochs=2))
     assert [p['point'] for p in result['points']] == ['mae', 'moco', 'mae', 'moco']
     assert seen == [('moco', 'mae_vit_nano_patch4_28', 2, .2, 30, 30)]
     assert json.loads((tmp_path/'study'/'points'/'moco-seed0'/'config.json').read_text())['method'] == 'moco'
