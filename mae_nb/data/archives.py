@@ -288,8 +288,8 @@ def _checked_columns(file:Path, f) -> set[str]:
         raise UsageError(f'{file} has no column label, but {", ".join(others)}: rename the labels to label, '
                          'or remove the column for a set without labels')
     if f.metadata.num_rows and not any(_has_bytes(f.metadata.row_group(g)) for g in range(f.num_row_groups)):
-        raise UsageError(f'{file} holds the paths of images and not their bytes: write it again with the images inside, '
-                         'in `datasets` with embed_external_files=True')
+        raise UsageError(f'{file} holds the paths of images and not their bytes: write it again with the images '
+                         'inside, in `datasets` by embed_table_storage')
     return columns
 
 def _has_bytes(group) -> bool:

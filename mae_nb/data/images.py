@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'error_text',
-           'printable', 'to_rgb_or_grey', 'readable_formats', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
-           'JpegHead', 'jpeg_head', 'read_or_explain', 'quiet_worker', 'channel_values', 'standardize', 'unstandardize']
+           'printable', 'to_rgb_or_grey', 'readable_formats', 'image_endings', 'is_image', 'file_bytes', 'bare_jpeg',
+           'jpeg_pixels', 'read_image', 'JpegHead', 'jpeg_head', 'read_or_explain', 'quiet_worker', 'channel_values',
+           'standardize', 'unstandardize']
 
 # %% ../../nbs/data/01_images.ipynb #dd151a80
 import io
@@ -71,6 +72,18 @@ def readable_formats() -> list[str]:
     "The names in `IMAGE_FORMATS` that the installed PIL reads; no format that needs another program."
     Image.init()
     return [f for f in IMAGE_FORMATS if f in Image.OPEN]
+
+@cache
+def image_endings() -> frozenset:
+    "The endings of the formats that are read, such as .jpg."
+    return frozenset(e for e, f in Image.registered_extensions().items() if f in readable_formats())
+
+def is_image(
+    file:str|Path,  # a file's name or path
+) -> bool:
+    "Whether a file's ending is an image's; hidden files are none."
+    name = os.path.basename(file)
+    return os.path.splitext(name)[1].lower() in image_endings() and not name.startswith('.')
 
 def file_bytes(
     file:str|Path,  # an image file

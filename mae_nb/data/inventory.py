@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_COPY, mmap
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -44,7 +44,7 @@ def _mapped(descriptor, dtype:str, shape:tuple) -> SharedArray:
     "In a worker: the array, in the file that the main process has written."
     number = descriptor.detach()
     try:
-        memory = mmap(number, 0, access=ACCESS_READ)
+        memory = mmap(number, 0, access=ACCESS_COPY)   # writable, as torch wants it, but never written
     finally:
         os.close(number)
     return SharedArray(np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape))
