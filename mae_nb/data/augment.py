@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..base.errors import UsageError
-from .crops import Crop, eval_spec, fixed_spec
+from .crops import Crop, fixed_spec, whole_spec
 from .images import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../../nbs/data/07_augment.ipynb #6578c961
@@ -131,7 +131,7 @@ class Augment(Crop):
 
     def spec(self, whole, k, size):
         if self.augment == 'none':
-            return eval_spec(whole, size)
+            return whole_spec(whole, size)
         spec = super().spec(whole, k, size)
         if self.augment == 'fixed':
             return fixed_spec(whole, k, size)._replace(mirrored=spec.mirrored)
