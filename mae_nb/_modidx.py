@@ -356,6 +356,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mae_nb.data.loader.Loader._decoded': ('data/loader.html#loader._decoded', 'mae_nb/data/loader.py'),
                                     'mae_nb.data.loader.Loader._note': ('data/loader.html#loader._note', 'mae_nb/data/loader.py'),
                                     'mae_nb.data.loader.Loader._start': ('data/loader.html#loader._start', 'mae_nb/data/loader.py'),
+                                    'mae_nb.data.loader.Loader.allowed_bad': ( 'data/loader.html#loader.allowed_bad',
+                                                                               'mae_nb/data/loader.py'),
                                     'mae_nb.data.loader.Loader.samples': ('data/loader.html#loader.samples', 'mae_nb/data/loader.py'),
                                     'mae_nb.data.loader.Loader.set_epoch': ('data/loader.html#loader.set_epoch', 'mae_nb/data/loader.py'),
                                     'mae_nb.data.loader.Loader.share': ('data/loader.html#loader.share', 'mae_nb/data/loader.py'),

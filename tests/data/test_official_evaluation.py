@@ -89,7 +89,7 @@ def test_accuracy_is_timms_over_the_whole_set():
     raws = [encode(made_image(i, 40, 52), 'PNG') for i in range(22)]
     labels = np.arange(22) % 7
     images = ImageSet('made', Bytes(raws), labels, [str(i) for i in range(7)])
-    recipe = override(RECIPES['nano_finetune'], dict(batch_size=10, mixup=0., cutmix=0.))
+    recipe = override(RECIPES['finetune'], dict(batch_size=10, mixup=0., cutmix=0.))
     dls = get_dls((images, images), recipe, img_size=28, bs=10, num_workers=0, device='cpu')
     torch.manual_seed(0)
     learn = finetune_learner(dls, create_classifier('mae_vit_nano_patch4_28', 7, img_size=28, in_chans=3), recipe)
