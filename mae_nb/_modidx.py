@@ -328,6 +328,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mae_nb.data.inventory._image_names': ( 'data/inventory.html#_image_names',
                                                                                'mae_nb/data/inventory.py'),
                                        'mae_nb.data.inventory._is_folder': ('data/inventory.html#_is_folder', 'mae_nb/data/inventory.py'),
+                                       'mae_nb.data.inventory._is_uniform': ('data/inventory.html#_is_uniform', 'mae_nb/data/inventory.py'),
                                        'mae_nb.data.inventory._mapped': ('data/inventory.html#_mapped', 'mae_nb/data/inventory.py'),
                                        'mae_nb.data.inventory._may_lack': ('data/inventory.html#_may_lack', 'mae_nb/data/inventory.py'),
                                        'mae_nb.data.inventory._note_again': ('data/inventory.html#_note_again', 'mae_nb/data/inventory.py'),

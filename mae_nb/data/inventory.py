@@ -283,8 +283,10 @@ def read_labels(
     missing = [v is None or v != v for v in values] if _may_lack(values) else []
     if any(missing):
         raise UsageError(f'{place(missing.index(True))} has no label ({sum(missing):,} of {len(values):,} have none)')
-    values = np.asarray(values)
-    if values.dtype.kind in 'UOST' and all(isinstance(v, str) for v in values.tolist()):
+    if not len(values):
+        return np.zeros(0, np.int64), list(classes)
+    values = np.asarray(values) if _is_uniform(values) else np.array(list(values), object)
+    if values.dtype.kind in 'UOT' and all(isinstance(v, str) for v in values.tolist()):
         return _numbered(values.tolist(), classes, place)
     if values.ndim != 1 or values.dtype.kind not in 'iu':
         raise UsageError(f'label of {place(0)}: labels must be one whole number for each image, '
@@ -303,6 +305,10 @@ def read_labels(
 
 def _may_lack(values) -> bool:
     return not isinstance(values, np.ndarray) or values.dtype.kind in 'fO'
+
+def _is_uniform(values) -> bool:
+    "Whether there are not both numbers and texts, which numpy would make texts of."
+    return isinstance(values, np.ndarray) or len({isinstance(v, str) for v in values}) == 1
 
 def _numbered(texts:list, classes:Sequence, place:Callable) -> tuple[np.ndarray, list]:
     "Class names as numbers."
