@@ -26,8 +26,9 @@ import torch
 from fastai.callback.core import Callback
 
 from mae_nb.base.devices import machine
-from mae_nb.data.datasets import ImageSet, load_source, packable_parts
+from mae_nb.data.datasets import ImageSet, load_source
 from mae_nb.data.loader import Loader, get_dls
+from mae_nb.data.packing import packable_parts
 from mae_nb.data.shards import pack
 from mae_nb.model.mae import create_mae
 from mae_nb.tasks.pretrain import pretrain_learner

@@ -31,9 +31,10 @@ from torchvision.transforms.v2.functional import center_crop
 
 from mae_nb.data.archives import Part
 from mae_nb.data.crops import resize
-from mae_nb.data.datasets import ImageSet, load_source, packable_parts
+from mae_nb.data.datasets import ImageSet, load_source
 from mae_nb.data.images import read_image
 from mae_nb.data.loader import get_dls
+from mae_nb.data.packing import packable_parts
 from mae_nb.data.shards import pack
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override

@@ -266,7 +266,7 @@ def mae_pack(
 ):
     "Pack images into checked shards, resume packing, or check them."
     with command(mae_pack, debug) as run:
-        from mae_nb.data.datasets import pack_source, pack_text
+        from mae_nb.data.packing import pack_source, pack_text
         run.out = out
         index = pack_source(source, out, max_side=max_side, quality=quality, per_shard=per_shard, skip_bad=skip_bad,
                             num_workers=num_workers)

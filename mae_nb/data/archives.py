@@ -16,12 +16,14 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ..base.errors import MissingFile, UsageError, require
+from .inventory import Names, SharedArray, part_of, read_labels
 
 # %% ../../nbs/data/02_archives.ipynb #04688f82
 class Encoded(Sequence):
@@ -29,7 +31,12 @@ class Encoded(Sequence):
     def __init__(self,
         n:int,  # images in all
     ):
-        self.ids = np.arange(n)   # the images in this view
+        self._ids = SharedArray(np.arange(n))
+
+    @property
+    def ids(self) -> np.ndarray:
+        "The images in this view."
+        return self._ids.values
 
     def __len__(self):
         return len(self.ids)
@@ -38,7 +45,7 @@ class Encoded(Sequence):
         if isinstance(i, (int, np.integer)):
             return self.read(int(self.ids[i]))
         view = copy.copy(self)
-        view.ids = self.ids[i]
+        view._ids = SharedArray(self.ids[i])
         return view
 
     def name(self, i:int) -> str:
@@ -55,8 +62,8 @@ class Encoded(Sequence):
 class Files(Encoded):
     "Image files."
     def __init__(self,
-        paths:list,  # of `Path`s
-        root:Path,   # the folder that their names leave out
+        paths:Sequence,  # of `Path`s
+        root:Path,       # the folder that their names leave out
     ):
         super().__init__(len(paths))
         self.paths, self.root = paths, root
@@ -74,6 +81,7 @@ class Part:
     items: Encoded                   # the images
     labels: np.ndarray|None = None   # (n,) class numbers; None without labels
     classes: list = field(default_factory=list)  # the classes' names
+    notes: list = field(default_factory=list)    # what was passed over, a line for each
 
 # %% ../../nbs/data/02_archives.ipynb #d7a77c44
 class TarMembers(Encoded):
@@ -83,11 +91,11 @@ class TarMembers(Encoded):
         members:list,   # (name, first byte, length in bytes) of each file, from `tar_members`
     ):
         super().__init__(len(members))
-        self.tar, self.names = tar, [name for name, *_ in members]
-        self.places = np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2)
+        self.tar, self.names = tar, Names(name for name, *_ in members)
+        self._places = SharedArray(np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2))
 
     def read(self, i):
-        start, size = self.places[i].tolist()
+        start, size = self._places.values[i].tolist()
         with open(self.tar, 'rb') as f:
             f.seek(start)
             return f.read(size)
@@ -158,7 +166,7 @@ class ParquetRows(Encoded):
     "Images in parquet files; the row group read last is kept in memory."
     def __init__(self,
         groups:list,  # (file, row group, rows) in order
-        names:list,   # of each image; None where it has none
+        names:Names,  # of each image; '' where it has none
     ):
         super().__init__(len(names))
         self.groups, self.names = groups, names
@@ -174,7 +182,9 @@ class ParquetRows(Encoded):
         group, row = self.place(i)
         if self.kept[0] != group:
             self.kept = group, self.column(group)
-        return self.kept[1][row].as_py()
+        if (data := self.kept[1][row].as_py()) is None:
+            raise ValueError('the row holds no bytes')
+        return data
 
     def column(self, group:int):
         from pyarrow.parquet import ParquetFile
@@ -190,47 +200,120 @@ class ParquetRows(Encoded):
         return self.__dict__ | dict(kept=(None, None))   # a worker reads its own
 
 # %% ../../nbs/data/02_archives.ipynb #3cf55b96
+_OTHER_LABELS = ('labels', 'class', 'cls', 'target', 'category', 'label_id', 'fine_label', 'coarse_label', 'y')
+
 def parquet_files(
-    folder:Path,  # with the files, or with a folder `data` that has them
-) -> dict:        # part -> sorted files; val is `validation-*` if there are such files, or else `test-*`
-    "The parquet files of a folder, by part."
-    files = sorted(folder.glob('*.parquet')) or sorted((folder/'data').glob('*.parquet'))
-    by_name = {}
-    for f in files:
-        name = re.match(r'train|val|test|', f.name)[0] or 'train'
-        by_name.setdefault(name, []).append(f)
-    sources = dict(train='train', val='val' if 'val' in by_name else 'test')
-    return {part: by_name[name] for part, name in sources.items() if name in by_name}
+    folder:Path,  # with the files; or with `data` or `default`, or folders named after the parts, that have them
+) -> dict:        # part (train, val and test) -> sorted files; empty if there are none
+    "The parquet files of a folder by the part that their names or folders state; all are training files if none does."
+    places = [base for base in (folder, folder/'data', folder/'default') if base.is_dir()]
+    found = {base: files for base in places if (files := _files_and_parts(base))}
+    if len(found) > 1:
+        raise UsageError(f'parquet files in two places, {" and ".join(map(str, found))}: name the folder to read')
+    by_part = {}
+    for file, part in next(iter(found.values()), []):
+        by_part.setdefault(part, []).append(file)
+    if set(by_part) == {None}:
+        return dict(train=by_part[None])
+    for part, files in by_part.items():
+        if part is None or 'train' not in by_part:
+            fault = 'name no part' if part is None else f'are for {part}, and none is for training'
+            raise UsageError(f'{len(files)} parquet files in {folder} {fault}, such as {files[0].name}: '
+                             'their names must begin with train, validation or test')
+    return by_part
+
+def _files_and_parts(base:Path) -> list[tuple]:
+    "The (file, part) of the parquet files in a folder, and in its subfolders that are named after a part."
+    found = []
+    for file in sorted(base.glob('*.parquet')):
+        words = re.split('[^a-z]+', file.stem.lower())
+        found.append((file, next((part_of(word) for word in words if part_of(word)), None)))
+    for place in sorted(base.iterdir()):
+        if part_of(place.name) and place.is_dir():
+            found += [(file, part_of(place.name)) for file in sorted(place.glob('*.parquet'))]
+    return found
 
 def parquet_parts(
     folder:Path,  # as for `parquet_files`
-) -> dict[str, Part]:
+) -> dict[str, Part]:   # train and, if there are such files, val: those for validation, or else for test
     "Images and labels in parquet files with columns image {bytes, path} and, optionally, label."
     require('pyarrow', 'pack')
-    return {part: _parquet_part(files) for part, files in parquet_files(folder).items()}
+    files = parquet_files(folder)
+    parts = dict(train=_parquet_part('train', files['train'], []))
+    if held_out := files.get('val') or files.get('test'):
+        parts['val'] = _parquet_part('val', held_out, parts['train'].classes)
+    if 'val' in files and 'test' in files:
+        parts['val'].notes.append(f'{folder}: {len(files["test"])} test files are not read beside those for validation')
+    return parts
 
-def _parquet_part(files:list) -> Part:
-    "One part; its classes' names are those in the metadata of the last file."
-    groups, names, labels = [], [], []
+def _parquet_part(part:str, files:list, classes:list) -> Part:
+    "One part; its classes are those given, those that the files name, or those of its labels."
+    groups, names, labels, ends = [], [], [], []
     for file in files:
         f = _open_parquet(file)
-        columns = {'.'.join(f.schema.column(i).path.split('.')[:2]) for i in range(len(f.schema))}
-        if 'image.bytes' not in columns:
-            raise UsageError(f'{file} has no column image with bytes, as the hub has it: '
-                             f'it has {", ".join(sorted(columns))}')
+        columns = _checked_columns(file, f)
         groups += [(file, g, f.metadata.row_group(g).num_rows) for g in range(f.num_row_groups)]
+        ends.append(f.metadata.num_rows + (ends[-1] if ends else 0))
         table = f.read(columns=[c for c in ('image.path', 'label') if c in columns], use_threads=False)
         if 'image.path' in columns:
-            names += table['image'].combine_chunks().field('path').to_pylist()
+            names += [name or '' for name in table['image'].combine_chunks().field('path').to_pylist()]
         else:
-            names += [None] * f.metadata.num_rows
-        if 'label' in columns:
-            labels.append(table['label'].to_numpy().astype(np.int64))
-    classes = _class_names(f.schema_arrow.metadata)
-    labels = np.concatenate(labels) if labels else None
-    if labels is not None:
-        classes = classes or [str(i) for i in range(labels.max() + 1)]
-    return Part(ParquetRows(groups, names), labels, classes or [])
+            names += [''] * f.metadata.num_rows
+        labels.append(_label_column(file, table['label']) if 'label' in columns else None)
+        classes = _agreed(file, classes, _class_names(f.schema_arrow.metadata))
+
+    def place(i):
+        n = bisect_right(ends, i)
+        return f'row {i - (ends[n - 1] if n else 0)} of {files[n]}'
+    if len({type(column) for column in labels}) > 1:
+        raise UsageError(f'{files[0].parent}: some files of {part} have labels as numbers, others as texts or none')
+    values = None if labels[0] is None else _joined(labels)
+    numbers, classes = read_labels(values, classes, place, derive=True)
+    notes = [] if numbers is not None or values is None else [f'{files[0].parent}: all labels of {part} are -1, '
+                                                              'so it is read without labels']
+    return Part(ParquetRows(groups, Names(names)), numbers, classes, notes)
+
+def _joined(columns:list):
+    "The labels of all files, as one array or one list of texts."
+    return np.concatenate(columns) if isinstance(columns[0], np.ndarray) else list(chain.from_iterable(columns))
+
+def _checked_columns(file:Path, f) -> set[str]:
+    "A parquet file's columns; an error if they hold no images, or labels under another name."
+    columns = {'.'.join(f.schema.column(i).path.split('.')[:2]) for i in range(len(f.schema))}
+    if 'image.bytes' not in columns:
+        raise UsageError(f'{file} has no column image with bytes, as the hub has it: '
+                         f'it has {", ".join(sorted(columns))}')
+    others = [name for name in _OTHER_LABELS if name in columns]
+    if others and 'label' not in columns:
+        raise UsageError(f'{file} has no column label, but {", ".join(others)}: rename the labels to label, '
+                         'or remove the column for a set without labels')
+    if f.metadata.num_rows and not any(_has_bytes(f.metadata.row_group(g)) for g in range(f.num_row_groups)):
+        raise UsageError(f'{file} holds the paths of images and not their bytes: write it again with the images '
+                         'inside, in `datasets` by embed_table_storage')
+    return columns
+
+def _has_bytes(group) -> bool:
+    "Whether a row group may hold the bytes of an image; true where its statistics do not say."
+    columns = [group.column(i) for i in range(group.num_columns)]
+    column = next(c for c in columns if c.path_in_schema == 'image.bytes')
+    known = column.statistics is not None and column.statistics.has_null_count
+    return not known or column.statistics.null_count < column.num_values
+
+def _label_column(file:Path, column):
+    "A file's labels: an array of numbers, or a list of texts."
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise UsageError(f'row {row} of {file} has no label ({column.null_count:,} of {len(column):,} have none): '
+                         'give it one, or leave the row out')
+    values = column.to_numpy()
+    return values if values.dtype.kind in 'iufb' else column.to_pylist()
+
+def _agreed(file:Path, known:list, named:list|None) -> list:
+    "The classes so far, or those that a file names; an error if it names others."
+    if known and named and list(named) != list(known):
+        raise UsageError(f'{file} names other classes than the files before it: {", ".join(map(str, named[:3]))}, ... '
+                         f'and not {", ".join(map(str, known[:3]))}, ...')
+    return list(known or named or [])
 
 def _open_parquet(file:Path):
     from pyarrow.parquet import ParquetFile

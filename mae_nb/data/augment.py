@@ -19,7 +19,7 @@ import torch
 
 from ..base.errors import UsageError
 from ..base.keyed import fold
-from .crops import Crop, Transform, eval_spec, fixed_spec
+from .crops import Crop, Transform, fixed_spec, whole_spec
 from .images import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../../nbs/data/07_augment.ipynb #6578c961
@@ -133,7 +133,7 @@ class Augment(Crop):
 
     def spec(self, whole, k, size):
         if self.augment == 'none':
-            return eval_spec(whole, size)
+            return whole_spec(whole, size)
         spec = super().spec(whole, k, size)
         if self.augment == 'fixed':
             return fixed_spec(whole, k, size)._replace(mirrored=spec.mirrored)

@@ -55,7 +55,7 @@ def device_jpeg(
         return None
     head = jpeg_head(data)
     is_small_enough = head.rows <= MAX_REDUCED * size[0] and head.columns <= MAX_REDUCED * size[1]
-    is_plain = head.space in ('Gray', 'YCbCr') and head.turn == 1
+    is_plain = head.space in ('Gray', 'YCbCr') and head.turn == 1 and not head.is_lossless
     is_whole = head.bare.rfind(b'\xff\xd9') > 0
     if not (is_small_enough and is_plain and is_whole):
         return None

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'error_text',
-           'printable', 'to_rgb_or_grey', 'readable_formats', 'file_bytes', 'bare_jpeg', 'jpeg_pixels', 'read_image',
-           'JpegHead', 'jpeg_head', 'read_or_explain', 'quiet_worker', 'channel_values', 'standardize', 'unstandardize']
+           'printable', 'to_rgb_or_grey', 'readable_formats', 'image_endings', 'is_image', 'file_bytes', 'bare_jpeg',
+           'jpeg_pixels', 'read_image', 'JpegHead', 'jpeg_head', 'read_or_explain', 'quiet_worker', 'channel_values',
+           'standardize', 'unstandardize']
 
 # %% ../../nbs/data/01_images.ipynb #dd151a80
 import gc
@@ -20,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 import numpy as np
 import simplejpeg
 import torch
@@ -49,22 +50,17 @@ def to_rgb_or_grey(
     in_chans:int,    # channels wanted: 1 or 3
 ) -> Image.Image:    # mode L or RGB
     "The image as a viewer shows it: turned upright, 16 bits scaled to 8, transparency over white."
-    im = ImageOps.exif_transpose(im)
+    kind, im = im.format, ImageOps.exif_transpose(im)
+    if im.mode == 'F' or im.mode == 'I' and kind != 'PPM':   # PIL reads a PPM of 16 bits as 32
+        values = 'floating-point' if im.mode == 'F' else '32-bit or signed'
+        raise ValueError(f'{values} pixels have no agreed range: save the file with 8 or 16 bits')
     if im.mode.startswith('I'):
-        im = _to_8_bits(im)
-    if im.mode == 'F':
-        raise ValueError('floating-point pixels have no agreed range: save the file with 8 or 16 bits')
+        im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).astype(np.uint8))
     if im.mode in _TRANSPARENT or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert({1: 'L', 3: 'RGB'}[in_chans])
 
-def _to_8_bits(im:Image.Image) -> Image.Image:
-    "An image of 16 bits, or of 32 that hold 8 or 16."
-    values = np.asarray(im).astype(np.int64)
-    has_16_bits = im.mode != 'I' or values.max() > 255
-    values = values >> (8 if has_16_bits else 0)
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 # %% ../../nbs/data/01_images.ipynb #92f81efc
 IMAGE_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'PPM', 'TGA', 'JPEG2000', 'AVIF', 'QOI')
@@ -77,6 +73,18 @@ def readable_formats() -> list[str]:
     "The names in `IMAGE_FORMATS` that the installed PIL reads; no format that needs another program."
     Image.init()
     return [f for f in IMAGE_FORMATS if f in Image.OPEN]
+
+@cache
+def image_endings() -> frozenset:
+    "The endings of the formats that are read, such as .jpg."
+    return frozenset(e for e, f in Image.registered_extensions().items() if f in readable_formats())
+
+def is_image(
+    file:str|Path,  # a file's name or path
+) -> bool:
+    "Whether a file's ending is an image's; hidden files are none."
+    name = os.path.basename(file)
+    return os.path.splitext(name)[1].lower() in image_endings() and not name.startswith('.')
 
 def file_bytes(
     file:str|Path,  # an image file
@@ -98,6 +106,7 @@ _MARKER = re.compile(rb'\xff[^\x00\xd0-\xd7\xff]')   # begins a segment, and is 
 _END, _SCAN, _EXIF = 0xd9, 0xda, 0xe1
 _FRAMES = {*range(0xc0, 0xd0)} - {0xc4, 0xc8, 0xcc}   # the frame's code states how the pixels are compressed
 _ONE_PASS, _PROGRESSIVE = (0xc0, 0xc1), 0xc2
+_LOSSLESS = 0xc3, 0xc7, 0xcb, 0xcf   # there is no smaller scale to decode these at
 
 def _segments(data:bytes) -> Iterator[tuple[int, bytearray, int]]:
     "The segments of a JPEG, up to its end mark: (code, bytes, place of the byte behind it)."
@@ -136,7 +145,7 @@ class _Passes:
 # %% ../../nbs/data/01_images.ipynb #48e42daf
 def bare_jpeg(
     data:bytes,  # a JPEG file
-) -> tuple[bytes, bool]:  # the same image; whether it lost notes that may say how to rotate it
+) -> tuple[bytes, bool, int]:  # the same image; whether it lost notes that may say how to rotate it; its frame's code
     "A JPEG without notes and stray bytes; an error if a pass over the image is missing."
     kept, frame, components, exif, passes = [b'\xff\xd8'], None, b'', False, _Passes()
     for code, segment, end in _segments(data):
@@ -155,13 +164,13 @@ def bare_jpeg(
         scanned = bytes(segment[5:-3:2])
         if frame in _ONE_PASS and len(scanned) == len(components):   # nearly all files: one pass
             head = b''.join(kept)
-            return data if data.startswith(head) else head + data[end:], exif
+            return data if data.startswith(head) else head + data[end:], exif, frame
         passes.add(scanned, *segment[-3:])
         following = _MARKER.search(data, end)
         kept.append(data[end:following.start() if following else len(data)])
     if frame in (*_ONE_PASS, _PROGRESSIVE):
         passes.check_complete(components)
-    return b''.join(kept), exif
+    return b''.join(kept), exif, frame
 
 def jpeg_pixels(
     bare:bytes,    # from `bare_jpeg`
@@ -192,7 +201,8 @@ def read_image(
     try:
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
     except UnidentifiedImageError:
-        raise ValueError(f'no picture in a format that is read here: {", ".join(IMAGE_FORMATS)}') from None
+        raise ValueError(_tiff_reason(data) or f'no picture in a format that is read here: {", ".join(IMAGE_FORMATS)}'
+                         ) from None
     except Image.DecompressionBombError:
         raise ValueError(f'more than {MAX_PIXELS:,} pixels') from None
     with opened as im:
@@ -206,31 +216,55 @@ class JpegHead(NamedTuple):
     columns: int
     space: str    # colour space: Gray, YCbCr, RGB, CMYK or YCCK
     turn: int     # EXIF orientation, from 1 = upright to 8
+    is_lossless: bool   # such a file is decoded at full scale, and by the CPU
 
 def jpeg_head(
     data:bytes,  # a JPEG file
 ) -> JpegHead:
     "Read a JPEG up to its pixels; a size beyond the limits or a missing pass is an error."
-    bare, exif = bare_jpeg(data)
-    h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
+    bare, exif, frame = bare_jpeg(data)
+    try:
+        h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
+    except ValueError as e:
+        if 'subsampling' in str(e):
+            raise ValueError('a JPEG with an unusual subsampling of its channels: save it again without') from e
+        raise
     _check_size(h, w)
-    return JpegHead(bare, h, w, space, _orientation(data) if exif else 1)
+    return JpegHead(bare, h, w, space, _orientation(data) if exif else 1, frame in _LOSSLESS)
 
 def _read_jpeg(data:bytes, in_chans:int, shrink:Callable|None) -> torch.Tensor:
     "A JPEG, without PIL where it is not needed."
     head = jpeg_head(data)
     has_inks = head.space in ('CMYK', 'YCCK')
     upright = (head.columns, head.rows) if head.turn in (5, 6, 7, 8) else (head.rows, head.columns)
-    factor = shrink(upright) if shrink and not has_inks else 1
-    grey = in_chans == 1 and head.space == 'Gray'
-    pixels = jpeg_pixels(head.bare, 'CMYK' if has_inks else 'GRAY' if grey else 'RGB', factor)
+    factor = shrink(upright) if shrink and not has_inks and not head.is_lossless else 1
+    pixels = jpeg_pixels(head.bare, 'CMYK' if has_inks else 'GRAY' if head.space == 'Gray' else 'RGB', factor)
+    if head.space == 'Gray' and in_chans == 3:
+        pixels = pixels.repeat(3, axis=2)   # the same as decoding to RGB, which a lossless file refuses
     if head.turn == 1 and pixels.shape[2] == in_chans:   # nearly all files
         return torch.from_numpy(pixels).permute(2, 0, 1)
-    if has_inks:   # PIL knows how each program inverts its inks
-        return _from_pil(Image.open(io.BytesIO(data), formats=readable_formats()), in_chans)
-    im = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if has_inks:   # inverted, as PIL takes every such file, whether Adobe's marker says so or not
+        im = Image.fromarray(255 - pixels, 'CMYK')
+    else:
+        im = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     im.getexif()[0x112] = head.turn
     return _from_pil(im, in_chans)
+
+def _tiff_reason(data:bytes) -> str:
+    "Why PIL does not read a TIFF; empty if it is none."
+    if data[:4] not in (b'II*\0', b'MM\0*'):
+        return ''
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        with warnings.catch_warnings(action='ignore'):
+            tags.load(file)
+        _, bands, bits, is_float = tags[256], tags.get(277, 1), max(tags.get(258, (1,))), 3 in tags.get(339, ())
+    except Exception:
+        return 'a damaged TIFF: its list of tags cannot be read'
+    kind = f'{bits}-bit {"floating-point" if is_float else "integer"}'
+    return f'a TIFF of {bands} band{"s" * (bands > 1)} of {kind} pixels: save it with 1 or 3 bands of 8 or 16 bits'
 
 def _check_size(h:int, w:int):
     if w * h > MAX_PIXELS:

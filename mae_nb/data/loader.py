@@ -23,7 +23,7 @@ from ..base.names import pick, to_pair
 from ..base.processes import processes, rank
 from .augment import augment_of
 from .crops import CenterCrop, Transform, as_transform, eval_crop
-from .datasets import ImageSet, load_source
+from .datasets import ImageSet, check_pair, load_source
 from .device_jpeg import DECODE, DeviceDecoder, EncodedBatch, EncodedJpeg, check_device, device_jpeg
 from .images import error_text, printable, quiet_worker, read_image
 
@@ -185,7 +185,8 @@ class BadImages(RuntimeError):
 
 class Loader:
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
-    max_bad = .01   # share of bad files above which a run stops
+    max_bad = .01   # share of bad files above which a run stops, once there are more than `few_bad`
+    few_bad = 5     # bad files that a run may have whatever their share, but no more than a tenth of a small set
     record:Path|None = None   # a run's `bad_samples.csv`
     def __init__(self,
         dataset:Samples,     # the samples
@@ -267,11 +268,17 @@ class Loader:
                           'others like it are not reported', flush=True)
             yield imgs, index, labels, bad
 
+    @property
+    def allowed_bad(self) -> int:
+        "Bad files with which a run goes on: 1 % of the set, or a few of a small one."
+        n = len(self.dataset)
+        return max(int(self.max_bad * n), min(self.few_bad, n // 10))
+
     def _note(self, bad:list):
         "Name each bad file once; stop if there are too many."
         hopeless = any(number is None for number, _ in bad)
         new = {number: reason for number, reason in bad if number is not None and number not in self.bad}
-        allowed = int(self.max_bad * len(self.dataset))
+        allowed = self.allowed_bad
         new = dict(islice(new.items(), max(allowed + 1 - len(self.bad), 0)))   # the first one too many stops the run
         named = {printable(self.dataset.images.file(number)): reason for number, reason in new.items()}
         for file, reason in named.items():
@@ -281,7 +288,8 @@ class Loader:
             record_bad(self.record, named)
         if hopeless or len(self.bad) > allowed:
             raise BadImages(f'{len(self.bad)} of {len(self.dataset)} files in {self.dataset.images.name} could not be '
-                            f'read, more than {self.max_bad:.0%}: remove or mend the files named above')
+                            f'read, more than {self.max_bad:.0%} and more than '
+                            f'{min(self.few_bad, len(self.dataset) // 10)}: remove or mend the files named above')
 
 # %% ../../nbs/data/09_loader.ipynb #90507554
 def loader_batch(
@@ -311,6 +319,7 @@ def get_dls(
     "Loaders for training and, if the source has a set for it, validation."
     from fastai.data.core import DataLoaders   # slow to import
     train, valid = load_source(source) if isinstance(source, (str, Path)) else source
+    check_pair(train, valid)
     if num_workers is None:
         num_workers = 0 if train.in_memory else min(os.cpu_count() or 1, 8)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))

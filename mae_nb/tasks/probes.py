@@ -153,6 +153,7 @@ class ProbeOptions(RunOptions):
     weights:str=None   # a run folder or .safetensors file
     blocks:float=None  # partial: the last so many blocks learn: 0, 0.5 (the last one's MLP), 1, ... all; by default 1
     fast:bool=False    # linear: features computed once and logistic regression, not the paper's protocol
+    split:int=2        # a set without validation loses a tenth of each class; 1: of all, as before version 2
 
     @property
     def task(self) -> str:
@@ -260,7 +261,7 @@ def _read_probe(options:ProbeOptions) -> tuple:
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
     encoder, report = load_encoder(options.weights)
-    sets = split_labelled(load_source(options.data), options.seed)
+    sets = split_labelled(load_source(options.data), options.seed, options.split)
     print_once(f'{options.weights}: {report}')
     return sets, encoder, recipe
 

@@ -127,8 +127,7 @@ def next_run(
     name:str,  # of the task
 ) -> Path:
     "A new folder below the setting `runs`: the name and the first free number."
-    runs = setting('runs')
-    candidates = (runs/f'{name}-{i}' for i in range(1, 10**6))
+    candidates = (setting('runs')/f'{name}-{i}' for i in range(1, 10**6))
     return broadcast_value(next(path for path in candidates if not path.exists()))
 
 # %% ../../nbs/training/11_runs.ipynb #600b7423
@@ -307,13 +306,13 @@ class RunOptions:
                 raise UsageError('resume=auto needs `out`, the run folder to make or to resume')
             if self.data is None:
                 raise UsageError('name a data set or a folder of images, or resume=RUN')
-            return self
+            begun = self.resume and hasattr(self, 'split') and (Path(self.out)/'config.json').is_file()
+            return replace(self, split=begun_options(self.out, type(self)).split) if begun else self
         begun = begun_options(self.resume, type(self))
         changed = [f.name for f in fields(self) if f.name != 'resume' and getattr(self, f.name) != f.default]
-        for name in changed:
-            if name not in FREE:
-                raise UsageError(f'`{name}` has no effect with resume={self.resume}, '
-                                 'which resumes with its own options: leave it out')
+        for name in [n for n in changed if n not in FREE]:
+            raise UsageError(f'`{name}` has no effect with resume={self.resume}, '
+                             'which resumes with its own options: leave it out')
         given = {name: getattr(self, name) for name in changed}
         return replace(begun, **given, out=str(self.resume), resume='auto')   # which finds the run in `out`
 
@@ -347,4 +346,5 @@ def begun_options(
         raise UsageError(f'{run} was made by {maker}: resume it with that command')
     for name in options:
         pick(name, [f.name for f in fields(kind)], f'option in {Path(run)/"config.json"}:')
-    return kind(**options)
+    earlier = dict(split=1) if hasattr(kind, 'split') else {}   # where a run does not name it
+    return kind(**earlier | options)

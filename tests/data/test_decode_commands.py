@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from made_images import encode, made_image, mixed_folder
 
-from mae_nb.data.datasets import pack_source
+from mae_nb.data.packing import pack_source
 
 NANO = '--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False'
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from mae_nb.data.archives import Part
 from mae_nb.data.crops import train_transform
-from mae_nb.data.datasets import load_source, packable_parts
+from mae_nb.data.datasets import load_source
 from mae_nb.data.loader import Loader, Samples, collate, get_dls
+from mae_nb.data.packing import packable_parts
 from mae_nb.data.shards import open_pack, pack
 from mae_nb.model.mae import create_mae
 from mae_nb.tasks.pretrain import pretrain_learner

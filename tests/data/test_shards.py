@@ -18,7 +18,8 @@ from torch.nn.functional import interpolate
 
 from mae_nb.data import shards
 from mae_nb.data.archives import DEVKIT, TRAIN_TAR, VAL_TAR
-from mae_nb.data.datasets import folder_sets, load_source, pack_source, packable_parts
+from mae_nb.data.datasets import folder_sets, load_source
+from mae_nb.data.packing import pack_source, packable_parts
 from mae_nb.data.shards import check_shards, open_pack, pack, read_index
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
