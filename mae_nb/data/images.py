@@ -11,7 +11,6 @@ __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_BYTES', 'MAX_SCANS'
 import io
 import os
 import re
-import signal
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import simplejpeg
 import torch
 
 from ..base.errors import UsageError, one_line
+from ..base.signals import leave_signals_to_parent
 
 # %% ../../nbs/data/01_images.ipynb #3e027446
 def error_text(
@@ -265,8 +265,8 @@ def read_or_explain(
 def quiet_worker(
     worker:int,  # its number
 ):
-    "Make a worker leave Ctrl-C, which reaches all processes of a terminal, to the main one, and hide PIL's warnings."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    "Make a worker leave signals, which reach all processes of a group, to the main one, and hide PIL's warnings."
+    leave_signals_to_parent()
     warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
 
 # %% ../../nbs/data/01_images.ipynb #d35a68fd

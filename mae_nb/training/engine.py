@@ -20,12 +20,13 @@ import torch
 
 from ..base.devices import peak_flops
 from ..base.errors import UsageError
+from ..base.files import name_without_path
 from ..base.names import pick
 from ..base.processes import print_once, processes, rank
 from ..model.costs import step_flops
 from ..model.encoder import Encoder
 from .callbacks import Autocast, DeviceRecorder, Graphs, Standardize, StopAt
-from .checkpoints import Checkpoints, StopSignals
+from .checkpoints import Checkpoints, StopSignals, Watch
 from .distributed import PARALLEL
 from .guard import Guard
 from .optim import Accumulate, Schedule, WeightEMA, adamw, warmup_cosine
@@ -107,7 +108,7 @@ def _folder_callbacks(out:Path|None, save_every:int, keep:int, if_full:str) -> l
         return []
     first = rank() == 0
     checkpoints = Checkpoints(out, save_every, keep, if_full, writes=first)
-    return [checkpoints, RunWriter(out)] if first else [checkpoints]
+    return [checkpoints, Watch(), RunWriter(out)] if first else [checkpoints, Watch()]
 
 def _parallel_callbacks(parallel:str, accumulate:int) -> list[Callback]:
     "The one for several processes."
@@ -197,12 +198,13 @@ class TaskLearner(Learner):
     def run_config(self) -> dict:
         "What a checkpoint must agree with before the run resumes from it."
         return dict(recipe=as_config(self.recipe), epochs=self.n_epoch, max_steps=self.max_steps,
-                    images=len(self.dls.train.dataset), images_a_step=self.batch, batches=len(self.dls.train))
+                    images=len(self.dls.train.dataset), images_a_step=self.batch, batches=len(self.dls.train),
+                    seed=self.dls.seed)
 
     @property
     def data_config(self) -> dict:
         images = self.dls.train.dataset.images
-        return dict(name=images.name, mean=images.mean, std=images.std, classes=list(images.classes))
+        return dict(name=name_without_path(images.name), mean=images.mean, std=images.std, classes=list(images.classes))
 
     def stop_wanted(self) -> int:
         "Whether a signal has come, to this process or, as `Guard` learned from the device, to another one."
@@ -237,7 +239,9 @@ class TaskLearner(Learner):
         it = iter(batches)
         while True:
             start = time.perf_counter()
+            self.signals.at('data')
             b = next(it, None)
+            self.signals.at('between' if b is None else 'step')
             if self.training:
                 self.waited += time.perf_counter() - start
             if b is None:
