@@ -123,6 +123,7 @@ def mae_pretrain(
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a masked autoencoder."
@@ -131,7 +132,8 @@ def mae_pretrain(
         from mae_nb.training.runs import RunOptions
         options = RunOptions(data, out=out, model=model, img_size=img_size, recipe=recipe, set=set, epochs=epochs,
                              max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers, device=device,
-                             decode=decode, parallel=parallel, resume=resume, save_every=save_every, if_full=if_full)
+                             decode=decode, parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
+                             data_check=data_check)
         options = options.resolved()
         run.out = options.out
         return pretrain(options)
@@ -161,6 +163,7 @@ def mae_finetune(
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Fine-tune a pretrained encoder with labels, end to end, or train a new one from scratch."
@@ -169,7 +172,8 @@ def mae_finetune(
         options = FinetuneOptions(data, weights=weights, from_scratch=from_scratch, model=model, img_size=img_size,
                                   out=out, recipe=recipe, set=set, epochs=epochs, max_steps=max_steps, bs=bs,
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
-                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full)
+                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
+                                  data_check=data_check)
         options = options.resolved()
         run.out = options.out
         return finetune(options)
@@ -196,6 +200,7 @@ def mae_probe(
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Measure what a pretrained encoder knows: frozen, or with its last blocks trained."
@@ -204,7 +209,8 @@ def mae_probe(
         options = ProbeOptions(data, kind=kind, weights=weights, out=out, recipe=recipe, blocks=blocks, fast=fast,
                                set=set, epochs=epochs, max_steps=max_steps, bs=bs, seed=seed,
                                num_workers=num_workers, device=device, decode=decode, json=json, resume=resume,
-                               save_every=save_every, if_full=if_full)
+                               save_every=save_every, if_full=if_full,
+                               data_check=data_check)
         options = options.resolved()
         run.out = options.out
         return probe(options)

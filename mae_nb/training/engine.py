@@ -26,7 +26,7 @@ from ..base.processes import print_once, processes, rank
 from ..model.costs import step_flops
 from ..model.encoder import Encoder
 from .callbacks import Autocast, DeviceRecorder, Graphs, Standardize, StopAt
-from .checkpoints import Checkpoints, StopSignals, Watch
+from .checkpoints import Checkpoints, DataCheck, StopSignals, Watch
 from .distributed import PARALLEL
 from .guard import Guard
 from .optim import Accumulate, Schedule, WeightEMA, adamw, warmup_cosine
@@ -102,13 +102,14 @@ def _recipe_callbacks(recipe) -> list[Callback]:
         cbs.append(WeightEMA(recipe.ema))
     return cbs
 
-def _folder_callbacks(out:Path|None, save_every:int, keep:int, if_full:str) -> list[Callback]:
+def _folder_callbacks(out:Path|None, save_every:int, keep:int, if_full:str, data_check:str) -> list[Callback]:
     "Those that keep a run folder; only the first process writes tables and weights."
     if out is None:
         return []
     first = rank() == 0
     checkpoints = Checkpoints(out, save_every, keep, if_full, writes=first)
-    return [checkpoints, Watch(), RunWriter(out)] if first else [checkpoints, Watch()]
+    callbacks = [DataCheck(out, data_check), checkpoints, Watch()]
+    return [*callbacks, RunWriter(out)] if first else callbacks
 
 def _parallel_callbacks(parallel:str, accumulate:int) -> list[Callback]:
     "The one for several processes."
@@ -135,6 +136,7 @@ class TaskLearner(Learner):
         save_every:int=500,    # optimizer steps from one checkpoint to the next; each epoch's end has one anyway
         keep:int=3,            # number of newest checkpoints to keep
         if_full:str='stop',    # or 'continue': when the disk is full
+        data_check:str='sizes',  # or contents or accept: how a resumed run compares its data
         parallel:str='ddp',    # a key of `PARALLEL`: how several processes train
         metrics:list=(),       # `DeviceMean`s
         opt_func:Callable|None=None,  # (groups, lr) -> optimizer; AdamW with the recipe's betas if None
@@ -151,7 +153,7 @@ class TaskLearner(Learner):
         model = apply_switches(model.to(dls.device), **recipe.switches)
         own = [*_basic_callbacks(dls, model, recipe, out),
                *_recipe_callbacks(recipe),
-               *_folder_callbacks(out, save_every, keep, if_full),
+               *_folder_callbacks(out, save_every, keep, if_full, data_check),
                *_parallel_callbacks(parallel, recipe.accumulate)]
         if max_steps:
             own.append(StopAt(max_steps, recipe.accumulate))

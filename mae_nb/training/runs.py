@@ -205,7 +205,8 @@ def write_json(
             write_whole(file, json.dumps(result, indent=1) + '\n')
 
 # %% ../../nbs/training/11_runs.ipynb #2600b002
-FREE = ('num_workers', 'device', 'parallel', 'save_every', 'if_full', 'json')   # options that leave a run what it is
+# options that leave a run what it is
+FREE = 'num_workers', 'device', 'parallel', 'save_every', 'if_full', 'data_check', 'json'
 COMMANDS = dict(pretrain='mae-pretrain', finetune='mae-finetune', linear='mae-probe', partial='mae-probe',
                 attentive='mae-probe', knn='mae-probe')   # task in `config.json` -> the command that makes such runs
 
@@ -237,6 +238,7 @@ class RunOptions:
     resume:str=None       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop'    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes'  # a resumed run compares its data: names and sizes, contents, or accept a difference
     json:str=None         # also write the numbers to this file
 
     def __post_init__(self):
@@ -264,7 +266,8 @@ class RunOptions:
 
     def learner_options(self) -> dict:
         "What a `TaskLearner` takes from here."
-        return dict(max_steps=self.max_steps, save_every=self.save_every, if_full=self.if_full, parallel=self.parallel)
+        names = 'max_steps', 'save_every', 'if_full', 'data_check', 'parallel'
+        return {name: getattr(self, name) for name in names}
 
     def common_config(self) -> dict:
         "What `config.json` holds of every run; `decode` only where it is not the default, as always."
