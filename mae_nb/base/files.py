@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK', 'flush_to_disk', 'new_file_mode', 'write_atomically', 'write_whole', 'save_figure', 'name_without_path',
            'remove_leftovers', 'sha256', 'md5', 'BadFile', 'read_json', 'read_table', 'FolderInUse', 'lock_folder',
-           'unlock_folder', 'is_remote', 'remote_file_system', 'read_remote']
+           'unlock_folder', 'locked_folder', 'is_remote', 'remote_file_system', 'read_remote', 'fetch_remote']
 
 # %% ../../nbs/base/03_files.ipynb #ae4881b2
 import csv
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import require
+from .errors import UsageError, require
 
 # %% ../../nbs/base/03_files.ipynb #0900a002
 def flush_to_disk(
@@ -117,7 +117,7 @@ def md5(
     "The MD5 of a file, read piece by piece."
     return _checksum(file, hashlib.md5(usedforsecurity=False))
 
-# %% ../../nbs/base/03_files.ipynb #48687f3c
+# %% ../../nbs/base/03_files.ipynb #7f691ecb
 class BadFile(ValueError):
     "A file of ours that is not what was written."
 
@@ -153,7 +153,7 @@ def read_table(
             raise BadFile(f'{file} is damaged: line {number} has {len(row)} fields and the header {len(header)}')
     return [dict(zip(header, row)) for row in rows[1:]]
 
-# %% ../../nbs/base/03_files.ipynb #0fcf901b
+# %% ../../nbs/base/03_files.ipynb #771ace4c
 class FolderInUse(RuntimeError):
     "Another process has locked a folder."
 
@@ -223,6 +223,18 @@ def unlock_folder(
             os.unlink(Path(folder)/LOCK)
         os.close(fd)
 
+@contextmanager
+def locked_folder(
+    folder:str|Path,  # made if it does not exist
+) -> Iterator[None]:
+    "Keep other processes out of a folder while something is done in it."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
+    try:
+        yield
+    finally:
+        unlock_folder(folder)
+
 # %% ../../nbs/base/03_files.ipynb #f11e5002
 def is_remote(
     source:str|Path,  # a folder, or an address such as s3://bucket/imagenet
@@ -252,3 +264,24 @@ def read_remote(
     fs, path = remote_file_system(address)
     with fs.open_input_stream(path) as f:
         return f.read()
+
+def fetch_remote(
+    address:str,    # of a file in an object store
+    file:Path,      # the copy in a local cache
+    checksum:str,   # its SHA-256
+) -> Path:          # the copy
+    "A file of an object store in a local cache, copied and checked if it is not there yet."
+    from filelock import FileLock
+    from pyarrow.fs import copy_files
+    if file.is_file():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{file}.lock'):
+        if file.is_file():   # another process was first
+            return file
+        fs, path = remote_file_system(address)
+        with write_atomically(file) as part:
+            copy_files(path, str(part), source_filesystem=fs)
+            if sha256(part) != checksum:
+                raise UsageError(f'{address} is not what was packed: put it there again')
+    return file
