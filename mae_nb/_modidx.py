@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mae_nb.base.names': { 'mae_nb.base.names.pick': ('base/names.html#pick', 'mae_nb/base/names.py'),
                                    'mae_nb.base.names.to_pair': ('base/names.html#to_pair', 'mae_nb/base/names.py')},
             'mae_nb.base.processes': { 'mae_nb.base.processes._join': ('base/processes.html#_join', 'mae_nb/base/processes.py'),
+                                       'mae_nb.base.processes._store': ('base/processes.html#_store', 'mae_nb/base/processes.py'),
                                        'mae_nb.base.processes.broadcast_value': ( 'base/processes.html#broadcast_value',
                                                                                   'mae_nb/base/processes.py'),
                                        'mae_nb.base.processes.gather_values': ( 'base/processes.html#gather_values',

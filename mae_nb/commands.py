@@ -7,6 +7,7 @@ __all__ = ['Repeatable', 'Positional', 'command', 'mae_pretrain', 'mae_finetune'
            'mae_pack', 'mae_check', 'mae_bench', 'mae_plan', 'mae_replay', 'mae_demo']
 
 # %% ../nbs/commands.ipynb #0a1d0231
+import os
 import re
 import signal
 import sys
@@ -47,6 +48,8 @@ def command(
 def _processes() -> Iterator[None]:
     "Join torchrun's processes; SIGTERM and SIGUSR1 raise `Terminated` from here on."
     from mae_nb.base.processes import process_group
+    from mae_nb.base.signals import outlive_output
+    outlive_output()
     from mae_nb.training.checkpoints import raise_terminated
     for name in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):
@@ -77,7 +80,7 @@ def _exit_code(error:BaseException) -> int:
 
 def _remains(out:str|Path|None, code:int) -> str:
     "What a stopped command has left, and how to resume it."
-    if code == 2 or not out or not Path(out).is_dir():
+    if code == 2 or not out or not os.path.isdir(out):   # a name that is too long is no folder
         return ''
     from mae_nb.weights.reading import checkpoints_in
     resume = f'; resume it with --resume {out}' if checkpoints_in(Path(out)/'checkpoints') else ''

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..base.devices import get_device
 from ..base.errors import UsageError
+from ..base.files import save_figure, write_atomically
 from ..base.keyed import key, seeded, uniform
 from ..base.processes import gather_values, print_once, rank
 from ..data.augment import mix_batch
@@ -106,7 +107,7 @@ def write_classes(
     out, k = Path(out), max(len(classes), int(predicted.max()) + 1)
     table = np.bincount(labels * k + predicted, minlength=k * k).reshape(k, k)
     names = [*map(str, classes), *('' for _ in range(k - len(classes)))]
-    with open(out/'classes.csv', 'w', newline='') as f:
+    with write_atomically(out/'classes.csv') as part, open(part, 'w', newline='') as f:
         rows = csv.writer(f)
         rows.writerow(['class', 'images', 'right', 'top1', 'most_often_taken_for'])
         for i, name in enumerate(names[:len(classes)]):
@@ -128,7 +129,7 @@ def _draw_confusion(table:np.ndarray, names:list, file:Path):
     ax.set_xlabel('taken for')
     ax.set_ylabel('is')
     fig.colorbar(image, shrink=.7, label="share of the class's images")
-    fig.savefig(file, dpi=110)
+    save_figure(fig, file, dpi=110)
     plt.close(fig)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #b2400009

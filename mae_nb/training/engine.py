@@ -157,6 +157,9 @@ class TaskLearner(Learner):
                *_parallel_callbacks(parallel, recipe.accumulate)]
         if max_steps:
             own.append(StopAt(max_steps, recipe.accumulate))
+        for cb in cbs:   # fastai makes each callback an attribute
+            if hasattr(self, getattr(cb, 'name', '')):
+                raise UsageError(f'the callback {type(cb).__name__} would replace `learn.{cb.name}`: rename its class')
         make_opt = opt_func or (lambda groups, lr: adamw(groups, lr, recipe.betas))
         super().__init__(dls, model, loss_func, lr=self.base_rate, splitter=groups, metrics=list(metrics),
                          opt_func=make_opt, cbs=[*own, *cbs], default_cbs=False, path=out)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..base.files import write_whole
-from ..base.processes import print_once, processes, rank
+from ..base.processes import print_once, rank
 from ..base.tables import add_row, start_table
 from .state import save_checkpoint, whole_tensor
 from .distributed import batch_norms
@@ -97,7 +97,8 @@ class Guard(Callback):
             return
         self.stepped, loss, mean = False, self.learn.loss.detach().double(), self.mean
         spike = self.add_loss(loss)
-        stop = self.learn.stop if processes() > 1 else torch.zeros_like(loss)   # `Parallel` averages signals
+        group = [cb.votes for cb in self.learn.cbs if hasattr(cb, 'votes')]   # of `Parallel`, which adds up signals
+        stop = group[0] if group else torch.zeros_like(loss)
         numbers = torch.stack([self.streak, self.skipped, spike, stop]).long()
         k = self.learn.batches_per_step
         arrived = self.reader.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean))
