@@ -1333,6 +1333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mae_nb.training.runs._read_config': ('training/runs.html#_read_config', 'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs._versions': ('training/runs.html#_versions', 'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.absolute_path': ('training/runs.html#absolute_path', 'mae_nb/training/runs.py'),
+                                      'mae_nb.training.runs.begun_model': ('training/runs.html#begun_model', 'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.begun_options': ('training/runs.html#begun_options', 'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.last_metrics': ('training/runs.html#last_metrics', 'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.make_run': ('training/runs.html#make_run', 'mae_nb/training/runs.py'),

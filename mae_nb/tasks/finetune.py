@@ -32,7 +32,8 @@ from ..training.callbacks import DeviceMean
 from ..training.engine import TaskLearner, check_channels, run_seed
 from ..training.optim import finetune_groups
 from ..training.recipes import FinetuneRecipe, PartialRecipe, as_config
-from ..training.runs import RunOptions, absolute_path, last_metrics, make_run, report_run, write_json
+from ..training.runs import (
+    RunOptions, absolute_path, begun_model, last_metrics, make_run, report_run, write_json)
 from ..weights.building import classifier_from, load_encoder
 
 # %% ../../nbs/tasks/03_finetune.ipynb #d358de4d
@@ -315,12 +316,15 @@ def finetune_setup(
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
     size = {} if options.img_size is None else dict(img_size=options.img_size)
-    encoder = None if options.from_scratch else load_encoder(options.weights, **size)[0]
+    begun = None if options.from_scratch else begun_model(options)
+    encoder = None if options.from_scratch or begun else load_encoder(options.weights, **size)[0]
     sets = split_labelled(load_source(options.data), options.seed)
     head = len(sets[0].classes), recipe.pool, recipe.drop_path
     if options.from_scratch:
         model = seeded(options.seed, create_classifier, options.model_name, *head, img_size=options.img_size,
                        in_chans=sets[0].in_chans)
+    elif begun:
+        model = create_classifier(**begun)   # the checkpoint fills it
     else:
         model, report = seeded(options.seed, classifier_from, encoder, *head)
         print_once(f'{options.weights}: {report}')

@@ -158,7 +158,7 @@ class TaskLearner(Learner):
         if max_steps:
             own.append(StopAt(max_steps, recipe.accumulate))
         for cb in cbs:   # fastai makes each callback an attribute
-            if hasattr(self, getattr(cb, 'name', '')):
+            if isinstance(cb, Callback) and hasattr(self, cb.name):
                 raise UsageError(f'the callback {type(cb).__name__} would replace `learn.{cb.name}`: rename its class')
         make_opt = opt_func or (lambda groups, lr: adamw(groups, lr, recipe.betas))
         super().__init__(dls, model, loss_func, lr=self.base_rate, splitter=groups, metrics=list(metrics),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'COMMANDS', 'make_run', 'next_run', 'RunWriter', 'report_run', 'last_metrics', 'write_json', 'absolute_path',
-           'RunOptions', 'read_options', 'begun_options']
+           'RunOptions', 'read_options', 'begun_model', 'begun_options']
 
 # %% ../../nbs/training/11_runs.ipynb #5b43b078
 import json
@@ -29,6 +29,7 @@ from ..base.tables import add_row, plot_metrics, read_metrics, start_table
 from .presets import RECIPES, default_model, default_recipe, recipe_from_flags
 from .recipes import Recipe
 from ..weights.loading import save_model
+from ..weights.reading import checkpoints_in
 
 # %% ../../nbs/training/11_runs.ipynb #8682f0f0
 def make_run(
@@ -315,6 +316,15 @@ def read_options(
         raise UsageError(f'{run} was not made by a command that can resume it: in Python, '
                          'make_run(..., resume=True) and fit again')
     return maker, options
+
+def begun_model(
+    options,   # `RunOptions`
+) -> dict|None:  # None for a run that has no checkpoint yet
+    "The model of a run that resumes: its checkpoint holds all weights, so those it was started from may be gone."
+    out = Path(options.out or '')
+    if options.resume is None or not checkpoints_in(out/'checkpoints'):
+        return None
+    return _read_config(out).get('model')
 
 def begun_options(
     run:str|Path,  # a run folder

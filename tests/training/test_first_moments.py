@@ -1,4 +1,5 @@
 """Whatever moment a run is ended in first, `resume` goes on from what it left; and two starters are never two runs."""
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from support import exit_code, fork
 from tiny_runs import check_same, die, live
 
 from mae_nb.base import files
-from mae_nb.base.files import LOCK, BadFile, FolderInUse, lock_folder, unlock_folder, write_whole
+from mae_nb.base.files import LOCK, BadFile, FolderInUse, lock_folder, unlock_folder
 from mae_nb.base.tables import read_metrics
 from mae_nb.training.runs import make_run
 
@@ -143,9 +144,7 @@ def race(folder, n, seconds=.2):
         sys.argv = ['work', str(folder), str(seconds)]
         exec(compile(WORK, 'work', 'exec'), {})
 
-    while True:   # until all are there
-        pids = [fork(start, folder/f'.log{i}') for i in range(n)]
-        return [exit_code(pid) for pid in pids]
+    return [exit_code(pid) for pid in [fork(start, folder/f'.log{i}') for i in range(n)]]
 
 def check_races(tmp_path, races, starters):
     for number in range(races):
@@ -213,32 +212,26 @@ def test_a_lock_reaches_over_network_namespaces(tmp_path):
     assert subprocess.run([*command, code]).returncode == 0
 
 def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
-    import errno
-    monkeypatch.setattr(files, '_lock_descriptor', lambda fd: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'no locks')))
+    def refuse(fd):
+        raise OSError(errno.ENOLCK, 'no locks')
+
+    monkeypatch.setattr(files, '_lock_descriptor', refuse)
     lock_folder(tmp_path)
     assert 'has no locks: start no second process there' in capsys.readouterr().out
     unlock_folder(tmp_path)
 
-def test_a_lock_is_not_taken_from_a_file_that_was_removed(tmp_path):
-    "Its owner unlocks between another one's opening and locking."
-    lock_folder(tmp_path)
+def test_a_lock_is_not_taken_from_a_file_that_was_removed(tmp_path, monkeypatch):
+    "Its owner unlocks between another one's opening and locking: the file that is locked then has no name any more."
     real = files._lock_descriptor
 
     def late(fd):
-        unlock_folder(tmp_path)
+        (tmp_path/LOCK).unlink()
         real(fd)
 
-    pid = os.getpid()
-    files._locks.clear, files._lock_descriptor = files._locks.clear, late
-    try:
-        assert files._try_lock(tmp_path/LOCK) is None
-    finally:
-        files._lock_descriptor = real
-    assert pid == os.getpid()
+    monkeypatch.setattr(files, '_lock_descriptor', late)
     with pytest.raises(FolderInUse):
-        write_whole(tmp_path/LOCK, 'process 1 on mars since ever')
-        files._try_lock, kept = (lambda file: None), files._try_lock
-        try:
-            lock_folder(tmp_path, wait=0)
-        finally:
-            files._try_lock = kept
+        lock_folder(tmp_path, wait=0)
+    monkeypatch.setattr(files, '_lock_descriptor', real)
+    lock_folder(tmp_path, wait=0)
+    assert (tmp_path/LOCK).read_text().startswith(f'process {os.getpid()} on ')
+    unlock_folder(tmp_path)
