@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 from support import BIN
@@ -19,17 +20,16 @@ def started(photos, tmp_path):
     with open(log, 'w') as f:
         command = [BIN/'mae-pretrain', 'photos', *TINY, '--num-workers', '2', '--out', 'run']
         run = subprocess.Popen(command, cwd=tmp_path, stdout=f, stderr=f, start_new_session=True)
-    end = time.time() + 300
-    metrics = tmp_path/'run'/'metrics.csv'
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert run.poll() is None and time.time() < end, log.read_text()
-        time.sleep(.05)
-    yield run, log
+    end, metrics = time.time() + 300, tmp_path/'run'/'metrics.csv'
     try:
-        os.killpg(run.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    run.wait()
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            assert run.poll() is None and time.time() < end, log.read_text()
+            time.sleep(.05)
+        yield run, log
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 def workers_of(pid):
     listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True)
