@@ -7,6 +7,7 @@ __all__ = ['Repeatable', 'Positional', 'command', 'mae_pretrain', 'mae_finetune'
            'mae_pack', 'mae_check', 'mae_bench', 'mae_plan', 'mae_study', 'mae_replay', 'mae_demo']
 
 # %% ../nbs/commands.ipynb #0a1d0231
+import os
 import re
 import signal
 import sys
@@ -47,6 +48,8 @@ def command(
 def _processes() -> Iterator[None]:
     "Join torchrun's processes; SIGTERM and SIGUSR1 raise `Terminated` from here on."
     from mae_nb.base.processes import process_group
+    from mae_nb.base.signals import outlive_output
+    outlive_output()
     from mae_nb.training.checkpoints import raise_terminated
     for name in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):
@@ -77,7 +80,7 @@ def _exit_code(error:BaseException) -> int:
 
 def _remains(out:str|Path|None, code:int) -> str:
     "What a stopped command has left, and how to resume it."
-    if code == 2 or not out or not Path(out).is_dir():
+    if code == 2 or not out or not os.path.isdir(out):   # a name that is too long is no folder
         return ''
     from mae_nb.weights.reading import checkpoints_in
     resumable = checkpoints_in(Path(out)/'checkpoints') or (Path(out)/'points').is_dir()   # a run's, or a study's
@@ -126,6 +129,7 @@ def mae_pretrain(
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a masked autoencoder."
@@ -134,7 +138,7 @@ def mae_pretrain(
         options = PretrainOptions(data, out=out, model=model, init=init, img_size=img_size, recipe=recipe, set=set,
                                   epochs=epochs, max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers,
                                   device=device, decode=decode, parallel=parallel, resume=resume,
-                                  save_every=save_every, if_full=if_full)
+                                  save_every=save_every, if_full=if_full, data_check=data_check)
         options = options.resolved()
         run.out = options.out
         return pretrain(options)
@@ -164,6 +168,7 @@ def mae_finetune(
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Fine-tune a pretrained encoder with labels, end to end, or train a new one from scratch."
@@ -172,7 +177,8 @@ def mae_finetune(
         options = FinetuneOptions(data, weights=weights, from_scratch=from_scratch, model=model, img_size=img_size,
                                   out=out, recipe=recipe, set=set, epochs=epochs, max_steps=max_steps, bs=bs,
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
-                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full)
+                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
+                                  data_check=data_check)
         options = options.resolved()
         run.out = options.out
         return finetune(options)
@@ -199,6 +205,7 @@ def mae_probe(
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
+    data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Measure what a pretrained encoder knows: frozen, or with its last blocks trained."
@@ -207,7 +214,8 @@ def mae_probe(
         options = ProbeOptions(data, kind=kind, weights=weights, out=out, recipe=recipe, blocks=blocks, fast=fast,
                                set=set, epochs=epochs, max_steps=max_steps, bs=bs, seed=seed,
                                num_workers=num_workers, device=device, decode=decode, json=json, resume=resume,
-                               save_every=save_every, if_full=if_full)
+                               save_every=save_every, if_full=if_full,
+                               data_check=data_check)
         options = options.resolved()
         run.out = options.out
         return probe(options)

@@ -63,8 +63,21 @@ def _join():
                              f'start torchrun with --nproc-per-node {gpus}')
         torch.cuda.set_device(local)
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)   # ours could not answer while this process waits
-    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', **_store())
     signal.signal(signal.SIGTERM, handler)
+
+def _store() -> dict:
+    "After a restart by torchrun, a part of its store for this attempt: the old one holds addresses of ended processes."
+    attempt, env = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), os.environ
+    shared = env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and env.get('TORCH_DISABLE_SHARE_RDZV_TCP_STORE') != '1'
+    if not attempt or not shared:
+        return {}
+    if env.get('GROUP_WORLD_SIZE') != '1':   # the machines count their attempts separately
+        raise UsageError('torchrun --max-restarts with several machines needs the environment variable '
+                         'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: set it and start again')
+    store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)
+    return dict(store=dist.PrefixStore(f'attempt {attempt}', store), rank=int(env['RANK']),
+                world_size=int(env['WORLD_SIZE']))
 
 # %% ../../nbs/base/06_processes.ipynb #d1900020
 def broadcast_value(

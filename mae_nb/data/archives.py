@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'Encoded', 'Files', 'Part', 'TarMembers', 'tar_members', 'devkit_labels',
-           'ilsvrc_parts', 'ParquetRows', 'parquet_files', 'parquet_parts']
+           'ilsvrc_parts', 'ParquetRows', 'parquet_files', 'parquet_parts', 'source_stamp']
 
 # %% ../../nbs/data/02_archives.ipynb #1a494e3c
 import copy
+import hashlib
 import io
 import json
 import os
@@ -326,3 +327,23 @@ def _class_names(metadata:dict|None) -> list|None:
     "The classes' names in a parquet file's metadata, as the hub writes them; None if there are none."
     notes = json.loads((metadata or {}).get(b'huggingface', b'{}'))
     return notes.get('info', {}).get('features', {}).get('label', {}).get('names')
+
+# %% ../../nbs/data/02_archives.ipynb #7931c4a3
+def source_stamp(
+    items:Encoded,  # of a part
+    ids:range,      # some of its images
+) -> str|None:      # another one after the files behind them have changed; None where that is not known
+    "Sizes and times of the files that images are read from, hashed."
+    files = [items.paths[i] for i in ids] if hasattr(items, 'paths') else None
+    if hasattr(items, 'tar'):
+        files = [items.tar]
+    if hasattr(items, 'groups'):
+        files = sorted({file for file, *_ in items.groups})
+    if files is None:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        if os.path.exists(file):
+            found = os.stat(file)
+            digest.update(b'%d %d\n' % (found.st_size, found.st_mtime_ns))
+    return digest.hexdigest()

@@ -13,7 +13,6 @@ import gc
 import io
 import os
 import re
-import signal
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import simplejpeg
 import torch
 
 from ..base.errors import UsageError, one_line
+from ..base.signals import leave_signals_to_parent
 
 # %% ../../nbs/data/01_images.ipynb #3e027446
 def error_text(
@@ -300,9 +300,9 @@ def read_or_explain(
 def quiet_worker(
     worker:int,  # its number
 ):
-    "Make a worker leave Ctrl-C, which reaches all processes of a terminal, to the main one, and hide PIL's warnings."
+    "Make a worker leave signals, which reach all processes of a group, to the main one, and hide PIL's warnings."
     gc.freeze()   # what the main process had: freeing it here would reach for a GPU that a fork cannot use
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent()
     warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file, or a size that is refused anyhow
 
 # %% ../../nbs/data/01_images.ipynb #d35a68fd

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.devices import get_device
+from ..base.files import save_figure
 from ..base.keyed import seeded
 from ..base.names import pick
 from ..base.settings import setting
@@ -58,7 +59,7 @@ def draw_table(
     ax.set_xlabel('top-1 accuracy on the test set, %')
     ax.set_title(title)
     ax.spines[['top', 'right']].set_visible(False)
-    fig.savefig(file, dpi=110)
+    save_figure(fig, file, dpi=110)
     plt.close(fig)
 
 # %% ../../nbs/tasks/06_demo.ipynb #6a000005

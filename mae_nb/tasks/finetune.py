@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..base.devices import get_device
 from ..base.errors import UsageError
+from ..base.files import save_figure, write_atomically
 from ..base.keyed import key, seeded, uniform
 from ..base.processes import gather_values, print_once, rank
 from ..data.augment import mix_batch
@@ -31,7 +32,8 @@ from ..training.callbacks import DeviceMean
 from ..training.engine import TaskLearner, check_channels, run_seed
 from ..training.optim import finetune_groups
 from ..training.recipes import FinetuneRecipe, PartialRecipe, as_config
-from ..training.runs import RunOptions, absolute_path, last_metrics, make_run, report_run, write_json
+from ..training.runs import (
+    RunOptions, absolute_path, begun_model, last_metrics, make_run, report_run, write_json)
 from ..weights.building import classifier_from, keep_head, load_encoder
 
 # %% ../../nbs/tasks/03_finetune.ipynb #d358de4d
@@ -106,7 +108,7 @@ def write_classes(
     out, k = Path(out), max(len(classes), int(predicted.max()) + 1)
     table = np.bincount(labels * k + predicted, minlength=k * k).reshape(k, k)
     names = [*map(str, classes), *('' for _ in range(k - len(classes)))]
-    with open(out/'classes.csv', 'w', newline='') as f:
+    with write_atomically(out/'classes.csv') as part, open(part, 'w', newline='') as f:
         rows = csv.writer(f)
         rows.writerow(['class', 'images', 'right', 'top1', 'most_often_taken_for'])
         for i, name in enumerate(names[:len(classes)]):
@@ -128,7 +130,7 @@ def _draw_confusion(table:np.ndarray, names:list, file:Path):
     ax.set_xlabel('taken for')
     ax.set_ylabel('is')
     fig.colorbar(image, shrink=.7, label="share of the class's images")
-    fig.savefig(file, dpi=110)
+    save_figure(fig, file, dpi=110)
     plt.close(fig)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #b2400009
@@ -315,12 +317,15 @@ def finetune_setup(
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
     size = {} if options.img_size is None else dict(img_size=options.img_size)
-    encoder = None if options.from_scratch else load_encoder(options.weights, **size)[0]
+    begun = None if options.from_scratch else begun_model(options)
+    encoder = None if options.from_scratch or begun else load_encoder(options.weights, **size)[0]
     sets = split_labelled(load_source(options.data), options.seed, options.split)
     head = len(sets[0].classes), recipe.pool, recipe.drop_path
     if options.from_scratch:
         model = seeded(options.seed, create_classifier, options.model_name, *head, img_size=options.img_size,
                        in_chans=sets[0].in_chans)
+    elif begun:
+        model = create_classifier(**begun)   # the checkpoint fills it
     else:
         model, report = seeded(options.seed, classifier_from, encoder, *head)
         print_once(f'{options.weights}: {report}')

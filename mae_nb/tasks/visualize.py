@@ -15,6 +15,7 @@ import torch
 
 from ..base.devices import get_device
 from ..base.errors import UsageError
+from ..base.files import save_figure
 from ..base.keyed import key, uniform
 from ..data.crops import eval_transform
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, read_or_explain, standardize, unstandardize
@@ -93,7 +94,7 @@ def save_reconstructions(
     device = next(model.parameters()).device
     imgs = standardize(imgs.to(device), images.mean, images.std)
     fig = show_reconstructions(model, imgs, images.mean, images.std, noise.to(device))
-    fig.savefig(file, dpi=110)
+    save_figure(fig, file, dpi=110)
     plt.close(fig)
     return file
 
@@ -115,6 +116,6 @@ def show(
     model, imgs = model.to(get_device(device)), imgs.to(get_device(device))
     noise = uniform(key(seed, 0, torch.arange(len(imgs), device=imgs.device), 'mask'), model.num_patches)
     fig = show_reconstructions(model, standardize(imgs, mean, std), mean, std, noise)
-    fig.savefig(out, dpi=110)
+    save_figure(fig, out, dpi=110)
     plt.close(fig)
     return Path(out)

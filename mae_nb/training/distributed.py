@@ -34,6 +34,7 @@ class Parallel(Callback):
         accumulate:int=1,  # batches for one optimizer step
     ):
         self.accumulate, self.wrapped, self.quiet = accumulate, None, ExitStack()
+        self.votes = torch.zeros(())   # share of the processes that a signal has reached
 
     @property
     def step_ends(self) -> bool: return (self.iter + 1) % self.accumulate == 0 or self.iter + 1 == self.n_iter
@@ -47,7 +48,7 @@ class Parallel(Callback):
     def before_train(self):
         if self.wrapped is None:
             ids = [self.dls.device] if self.dls.device.type == 'cuda' else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False,
+            self.wrapped = DistributedDataParallel(self.model, device_ids=ids, forward_sync_buffers=False,
                                                    gradient_as_bucket_view=True)
 
     def before_batch(self):
@@ -67,7 +68,7 @@ class Parallel(Callback):
         loss = self.learn.loss
         numbers = torch.stack([loss.detach(), torch.full_like(loss, self.learn.signals.signum > 0)])
         dist.all_reduce(numbers)
-        self.learn.loss, self.learn.stop = numbers[0] / processes(), numbers[1]
+        self.learn.loss, self.votes = numbers[0] / processes(), numbers[1]
 
     def after_cancel_batch(self):
         self.unwrap()

@@ -20,12 +20,13 @@ import torch
 
 from ..base.devices import peak_flops
 from ..base.errors import UsageError
+from ..base.files import name_without_path
 from ..base.names import pick
 from ..base.processes import print_once, processes, rank
 from ..model.costs import step_flops
 from ..model.encoder import Encoder
 from .callbacks import Autocast, DeviceRecorder, Graphs, Standardize, StopAt
-from .checkpoints import Checkpoints, StopSignals
+from .checkpoints import Checkpoints, DataCheck, StopSignals, Watch
 from .distributed import PARALLEL
 from .guard import Guard
 from .optim import Accumulate, Schedule, WeightEMA, adamw, warmup_cosine
@@ -103,13 +104,14 @@ def _recipe_callbacks(recipe) -> list[Callback]:
         cbs.append(WeightEMA(recipe.ema))
     return cbs
 
-def _folder_callbacks(out:Path|None, save_every:int, keep:int, if_full:str) -> list[Callback]:
+def _folder_callbacks(out:Path|None, save_every:int, keep:int, if_full:str, data_check:str) -> list[Callback]:
     "Those that keep a run folder; only the first process writes tables and weights."
     if out is None:
         return []
     first = rank() == 0
     checkpoints = Checkpoints(out, save_every, keep, if_full, writes=first)
-    return [checkpoints, RunWriter(out)] if first else [checkpoints]
+    callbacks = [DataCheck(out, data_check), checkpoints, Watch()]
+    return [*callbacks, RunWriter(out)] if first else callbacks
 
 def _parallel_callbacks(parallel:str, accumulate:int) -> list[Callback]:
     "The one for several processes."
@@ -136,6 +138,7 @@ class TaskLearner(Learner):
         save_every:int=500,    # optimizer steps from one checkpoint to the next; each epoch's end has one anyway
         keep:int=3,            # number of newest checkpoints to keep
         if_full:str='stop',    # or 'continue': when the disk is full
+        data_check:str='sizes',  # or contents or accept: how a resumed run compares its data
         parallel:str='ddp',    # a key of `PARALLEL`: how several processes train
         metrics:list=(),       # `DeviceMean`s
         opt_func:Callable|None=None,  # (groups, lr) -> optimizer; AdamW with the recipe's betas if None
@@ -152,10 +155,13 @@ class TaskLearner(Learner):
         model = apply_switches(model.to(dls.device), **recipe.switches)
         own = [*_basic_callbacks(dls, model, recipe, out),
                *_recipe_callbacks(recipe),
-               *_folder_callbacks(out, save_every, keep, if_full),
+               *_folder_callbacks(out, save_every, keep, if_full, data_check),
                *_parallel_callbacks(parallel, recipe.accumulate)]
         if max_steps:
             own.append(StopAt(max_steps, recipe.accumulate))
+        for cb in cbs:   # fastai makes each callback an attribute
+            if isinstance(cb, Callback) and hasattr(self, cb.name):
+                raise UsageError(f'the callback {type(cb).__name__} would replace `learn.{cb.name}`: rename its class')
         make_opt = opt_func or (lambda groups, lr: adamw(groups, lr, recipe.betas))
         super().__init__(dls, model, loss_func, lr=self.base_rate, splitter=groups, metrics=list(metrics),
                          opt_func=make_opt, cbs=[*own, *cbs], default_cbs=False, path=out)
@@ -199,12 +205,13 @@ class TaskLearner(Learner):
     def run_config(self) -> dict:
         "What a checkpoint must agree with before the run resumes from it."
         return dict(recipe=as_config(self.recipe), epochs=self.n_epoch, max_steps=self.max_steps,
-                    images=len(self.dls.train.dataset), images_a_step=self.batch, batches=len(self.dls.train))
+                    images=len(self.dls.train.dataset), images_a_step=self.batch, batches=len(self.dls.train),
+                    seed=self.dls.seed)
 
     @property
     def data_config(self) -> dict:
         images = self.dls.train.dataset.images
-        return dict(name=images.name, mean=images.mean, std=images.std, classes=list(images.classes))
+        return dict(name=name_without_path(images.name), mean=images.mean, std=images.std, classes=list(images.classes))
 
     def stop_wanted(self) -> int:
         "Whether a signal has come, to this process or, as `Guard` learned from the device, to another one."
@@ -239,7 +246,9 @@ class TaskLearner(Learner):
         it = iter(batches)
         while True:
             start = time.perf_counter()
+            self.signals.at('data')
             b = next(it, None)
+            self.signals.at('between' if b is None else 'step')
             if self.training:
                 self.waited += time.perf_counter() - start
             if b is None:

@@ -6,7 +6,6 @@
 __all__ = ['DelayedReader', 'Guard']
 
 # %% ../../nbs/training/09_guard.ipynb #fa8e914b
-import csv
 import json
 from collections import deque
 from pathlib import Path
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..base.files import write_atomically
-from ..base.processes import print_once, processes, rank
+from ..base.files import write_whole
+from ..base.processes import print_once, rank
+from ..base.tables import add_row, start_table
 from .state import save_checkpoint, whole_tensor
 from .distributed import batch_norms
 from .optim import skippable
@@ -52,6 +52,7 @@ class Guard(Callback):
     "Skip, on the device, steps whose loss or gradient is not a number; clip gradients; note spikes of the loss."
     order, run_valid = 11, False   # the gradients of a step are added up and averaged by then
     state = 'streak', 'skipped', 'mean', 'var', 'seen'   # tensors that a checkpoint keeps
+    most_spikes = 2**24   # bytes of `spikes.csv` above which no more are listed
     def __init__(self,
         clip:float=0.,         # largest norm of the gradient; 0 = none
         patience:int=10,       # bad steps in a row that end the run
@@ -96,7 +97,8 @@ class Guard(Callback):
             return
         self.stepped, loss, mean = False, self.learn.loss.detach().double(), self.mean
         spike = self.add_loss(loss)
-        stop = self.learn.stop if processes() > 1 else torch.zeros_like(loss)   # `Parallel` averages signals
+        group = [cb.votes for cb in self.learn.cbs if hasattr(cb, 'votes')]   # of `Parallel`, which adds up signals
+        stop = group[0] if group else torch.zeros_like(loss)
         numbers = torch.stack([self.streak, self.skipped, spike, stop]).long()
         k = self.learn.batches_per_step
         arrived = self.reader.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean))
@@ -131,12 +133,10 @@ class Guard(Callback):
         if self.out is None or rank():
             return
         file = self.out/'spikes.csv'
-        new = not file.exists()
-        with open(file, 'a', newline='') as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(['epoch', 'batch', 'loss', 'usual', 'samples'])
-            writer.writerow([epoch, first, loss, mean, ' '.join(map(str, self.dls.train.samples(epoch, first, last)))])
+        start_table(file, ['epoch', 'batch', 'loss', 'usual', 'samples'])
+        if file.stat().st_size < self.most_spikes:   # a checkpoint holds this table
+            samples = ' '.join(map(str, self.dls.train.samples(epoch, first, last)))
+            add_row(file, [epoch, first, loss, mean, samples])
 
     def give_up(self, epoch:int, first:int, last:int):
         "End the run, and leave the step for `mae-replay`."
@@ -164,8 +164,7 @@ class Guard(Callback):
         files = [] if in_memory else [data.images.file(i) for i in samples]
         content = dict(run=str(self.out), epoch=epoch, first_batch=first, batches=last - first, seed=data.seed,
                        samples=samples, files=files)
-        with write_atomically(folder/'step.json') as f:
-            f.write_text(json.dumps(content, indent=1) + '\n')
+        write_whole(folder/'step.json', json.dumps(content, indent=1) + '\n')
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
     def run_tensors(self) -> dict: return {name: getattr(self, name) for name in self.state}

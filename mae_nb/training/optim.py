@@ -189,6 +189,9 @@ class WeightEMA(Callback):
         average = self.average.module
         pairs = zip(average.parameters(), self.model.parameters(), strict=True)
         averages, weights = zip(*[(a, p) for a, p in pairs if p.requires_grad])
+        skipped = getattr(self.opt.opt, 'found_inf', None)   # as `Guard` decides, on the device
+        if skipped is not None:   # a step that is skipped moves no weight, and must not move the average towards it
+            weights = [torch.where(skipped.to(p.device) > 0, a, p) for a, p in zip(averages, weights)]
         self.average.multi_avg_fn(list(averages), list(weights), None)
         for a, b in zip(average.buffers(), self.model.buffers(), strict=True):
             a.copy_(b)

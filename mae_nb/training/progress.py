@@ -27,6 +27,8 @@ class Pace(Callback):
     ):
         self.flops, self.peak, self.repeats = flops, peak, repeats
 
+    kept = 0., 0, 0.   # seconds, batches and seconds for data of this epoch in earlier lives of the run
+
     def mark(self) -> tuple: return time.perf_counter(), self.train_iter, self.waited
 
     def since(self,
@@ -39,7 +41,10 @@ class Pace(Callback):
         return dict(train_seconds=seconds, images_per_second=rate, mfu=mfu, data_wait=waited / seconds,
                     peak_memory_gib=memory_gib(self.dls.device))
 
-    def before_train(self): self.began = self.mark()
+    def before_train(self):
+        self.began, self.kept = tuple(now - kept for now, kept in zip(self.mark(), self.kept)), (0., 0, 0.)
+
+    def elapsed(self) -> list: return [now - began for now, began in zip(self.mark(), self.began)]
     def after_train(self): self.report = self.since(self.began)
 
 # %% ../../nbs/training/10_progress.ipynb #b4b9734d

@@ -16,11 +16,11 @@ import safetensors
 from safetensors.torch import load_file, save_file
 import torch
 
-from ..base.files import flush_to_disk, sha256
+from ..base.files import BadFile, flush_to_disk, new_file_mode, sha256
 from ..weights.reading import checkpoints_in
 
 # %% ../../nbs/training/05_state.ipynb #c1600020
-class BadCheckpoint(ValueError):
+class BadCheckpoint(BadFile):
     "A file that is not what was written."
 
 def same_bits(
@@ -41,9 +41,10 @@ def save_checkpoint(
 ) -> Path:            # `step-<step>-<hash of the file>.safetensors`
     "Write a checkpoint completely or not at all, and read it back; `OSError` where disk or memory fail."
     part = Path(folder)/f'step-{step:09}.part'
+    mode = new_file_mode(part)
     try:
-        save_file(tensors, part, metadata={'config': json.dumps(config, sort_keys=True)})
-        part.chmod(0o644)
+        save_file(tensors, part, metadata={'config': json.dumps(config | dict(step=step), sort_keys=True)})
+        part.chmod(mode)
         flush_to_disk(part)
         _compare_with_file(tensors, part)
         file = part.with_name(f'step-{step:09}-{sha256(part)[:16]}.safetensors')
@@ -62,6 +63,9 @@ def _compare_with_file(tensors:dict, file:Path):
             raise OSError(f'{file} reads back otherwise than it was written: disk or memory is failing')
 
 # %% ../../nbs/training/05_state.ipynb #c1600b20
+def _step_in_name(file:Path) -> int:
+    return int(file.stem.split('-')[1])
+
 def read_checkpoint(
     file:str|Path,  # from `save_checkpoint`
 ) -> tuple[dict, dict]:  # names to tensors, and the plain data
@@ -74,6 +78,8 @@ def read_checkpoint(
             config = json.loads(f.metadata()['config'])
         if not isinstance(config, dict):
             raise BadCheckpoint('its config is not a table')
+        if config.pop('step', _step_in_name(file)) != _step_in_name(file):   # earlier versions did not note it
+            raise BadCheckpoint('it was saved at another step than its name says')
         return load_file(file), config
     except (OSError, RuntimeError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as e:
         raise BadCheckpoint(f'{file}: {e}') from e
@@ -94,9 +100,6 @@ def newest_checkpoint(
     return None
 
 # %% ../../nbs/training/05_state.ipynb #c1600c20
-def _step_in_name(file:Path) -> int:
-    return int(file.stem.split('-')[1])
-
 def prune(
     folder:str|Path,  # of the checkpoints
     keep:int,         # number of newest checkpoints to keep

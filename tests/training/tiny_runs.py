@@ -84,9 +84,8 @@ def state_of(out):
     "All that a finished run must share with another one."
     _, tensors, config = newest_checkpoint(out/'checkpoints')
     tables = [f for f in ('model.safetensors', 'metrics.csv', 'classes.csv') if (out/f).exists()]
-    run = config['run']
-    unclocked = {name: text for name, text in run['files'].items() if name != 'timing.csv'}
-    return {f: (out/f).read_bytes() for f in tables}, tensors, config | dict(run=run | dict(files=unclocked))
+    del tensors['table.timing.csv']
+    return {f: (out/f).read_bytes() for f in tables}, tensors, config | dict(run=config['run'] | dict(clock=None))
 
 def step_in_name(file): return int(file.stem.split('-')[1])   # batches
 
