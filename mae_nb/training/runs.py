@@ -22,7 +22,7 @@ import torch
 from ..base.devices import get_device, memory_gib
 from ..base.errors import MissingFile, UsageError
 from ..base.files import write_atomically
-from ..base.names import pick
+from ..base.names import RANGES, check_ranges, pick
 from ..base.processes import broadcast_value, rank
 from ..base.settings import setting
 from .presets import RECIPES, default_model, default_recipe, recipe_from_flags
@@ -264,8 +264,8 @@ class RunOptions:
     json:str=None         # also write the numbers to this file
 
     def __post_init__(self):
-        settings = (self.set,) if isinstance(self.set, str) else tuple(self.set or ())
-        object.__setattr__(self, 'set', settings)
+        object.__setattr__(self, 'set', (self.set,) if isinstance(self.set, str) else tuple(self.set or ()))
+        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES})
 
     @property
     def task(self) -> str:
