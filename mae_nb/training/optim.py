@@ -87,11 +87,13 @@ def finetune_groups(
 # %% ../../nbs/training/03_optim.ipynb #8f99e04c
 class GroupedOptimizer(OptimWrapper):
     "fastai's wrapper for groups that keep their ratios: rates are scaled, a decay reaches the groups that decay."
-    def __init__(self,
-        opt:torch.optim.Optimizer,  # of groups with `lr_scale`
-    ):
+    def __init__(self, opt:torch.optim.Optimizer):   # of groups with `lr_scale`
         super().__init__(opt=opt)
         self.decays = [g.get('weight_decay', 0.) for g in opt.param_groups]
+    @property
+    def hypers(self):   # numbers only; fastai's own list holds the parameters' names, too
+        return [{k: v for k, v in group.items() if isinstance(v, (int, float)) and type(v) is not bool}
+                for group in super().hypers]
 
     def set_hyper(self,
         k:str,  # lr, wd, mom, ...: fastai's names
