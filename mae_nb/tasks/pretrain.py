@@ -111,14 +111,14 @@ class PretrainLearner(FastaiLearner):
         raise UsageError('a pretraining predicts patches, no classes: use reconstruct(learn.model, imgs), '
                          'or learn.show_results()')
 
-    def show_results(self, ds_idx=1, dl=None, max_n=6, **kwargs):
+    def show_results(self, ds_idx=1, dl=None, max_n=6, bands=None, **kwargs):
         "Reconstructions of the first samples of the validation, or of the training where there is none."
         dl = self._samples_of(min(ds_idx, len(self.dls.loaders) - 1), dl)
         imgs, index, _ = [part[:max_n] for part in dl.one_batch()]
         images, seed = dl.dataset.images, dl.dataset.seed
         noise = uniform(key(seed, 0, index, 'mask'), self.model.num_patches)
         return show_reconstructions(self.model, standardize(imgs, images.mean, images.std), images.mean, images.std,
-                                    noise)
+                                    noise, bands=bands)
 
 def pretrain_learner(
     dls,                         # from `get_dls`

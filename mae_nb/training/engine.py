@@ -20,7 +20,7 @@ from fastcore.basics import noop
 from torch import nn
 import torch
 
-from ..base.devices import peak_flops
+from ..base.devices import has_bf16, peak_flops
 from ..base.errors import UsageError
 from ..base.names import check_ranges, pick
 from ..base.processes import print_once, processes, rank
@@ -34,6 +34,7 @@ from mae_nb.training.optim import (
     Accumulate, Schedule, WeightEMA, adamw, check_opt_func, grouped_optimizer, warmup_cosine,
 )
 from .progress import Pace, Progress
+from .presets import hopeless_rates
 from .recipes import as_config
 from .runs import RunWriter
 from .switches import DTYPES, apply_switches
@@ -98,7 +99,7 @@ def _basic_callbacks(dls, model:nn.Module, recipe, out:Path|None) -> list[Callba
     images = dls.train.dataset.images
     cbs = [TrainEvalCallback(), DeviceRecorder(), Standardize(images.mean, images.std), Guard(recipe.clip, out=out)]
     if rank() == 0:
-        dtypes = ('float32', 'bfloat16') if recipe.amp else ('float32',)
+        dtypes = ('float32', 'bfloat16') if recipe.amp and has_bf16(dls.device) else ('float32',)
         peak = max(peak_flops(dls.device, DTYPES[d]) for d in dtypes)   # many CPUs are faster in float32
         cbs += [Pace(known_flops(model), peak * processes(), recipe.repeats), Progress()]
     return cbs
@@ -279,7 +280,7 @@ class TaskLearner(Learner):
         "While something beside the run is done, the run's folder, record, bar and guard are left alone."
         own = (RunWriter, Progress, Guard, Checkpoints, *more)
         writers = [cb for cb in self.cbs if isinstance(cb, own) or 'out' in vars(cb)]   # `out`: a run folder
-        record = vars(self.recorder)
+        record = vars(self.recorder) if self.find_callback('recorder') else {}   # fastai may have taken it out
         kept = {k: record[k] for k in ('lrs', 'iters', 'losses', 'values') if k in record}
         try:
             with self.removed_cbs(writers):
@@ -334,11 +335,11 @@ class TaskLearner(Learner):
         print_once(f'learning rate {r.base_lr:g} x {self.batch} / 256 = {self.base_rate:.3g}, '
                    f'{total} steps of {self.batch} images ({self.dls.train.bs} a batch x {processes()} processes '
                    f'x {self.batches_per_step} accumulated)')
-        if rank() == 0 and r.amp and self.dls.device.type == 'cpu':
-            slow = peak_flops('cpu', torch.float32) / peak_flops('cpu', torch.bfloat16)
-            if slow > 1.2:
-                print(f'note: this CPU computes {slow:.1f} times slower in bfloat16 than in float32: '
-                      'train with amp=False', flush=True)
+        if r.amp and not has_bf16(self.dls.device):
+            print_once(f'note: this {self.dls.device.type} has no arithmetic for bfloat16 and emulates it slowly: '
+                       'train with amp=False')
+        for note in hopeless_rates(r, self.base_rate, total):
+            print_once(f'note: {note}')
         window = 1 / (1 - r.ema)   # steps that a moving average remembers
         if window > 1 and total < 3 * window:
             print_once(f'note: ema={r.ema:g} averages over some {window:.0f} steps, and the run has {total}: the '

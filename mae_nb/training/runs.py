@@ -25,7 +25,7 @@ from ..base.files import write_atomically
 from ..base.names import RANGES, check_ranges, pick
 from ..base.processes import broadcast_value, rank
 from ..base.settings import setting
-from .presets import RECIPES, default_model, default_recipe, recipe_from_flags
+from .presets import default_model, default_recipe, pick_recipe, recipe_from_flags
 from .recipes import Recipe
 from ..weights.loading import save_model
 
@@ -279,8 +279,8 @@ class RunOptions:
 
     def read_recipe(self) -> Recipe:
         "The recipe that is named, or the data set's own, with the fields that the options change."
-        name = pick(self.recipe or default_recipe(self.data, self.task), RECIPES, 'recipe')
-        return recipe_from_flags(RECIPES[name], self.set, self.epochs, self.bs)
+        recipe = pick_recipe(self.recipe or default_recipe(self.data, self.task), self.task)
+        return recipe_from_flags(recipe, self.set, self.epochs, self.bs, get_device(self.device), self.out)
 
     def loader_options(self) -> dict:
         "What `get_dls` takes from here."

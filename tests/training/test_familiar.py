@@ -9,18 +9,15 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.hook import ActivationStats
-from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedLin
 from fastai.callback.tensorboard import TensorBoardCallback
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientClip, ShortEpochCallback
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastai.metrics import F1Score, accuracy
 from fastai.optimizer import Adam, OptimWrapper
-from torch import nn
 
 from mae_nb.base.errors import UsageError
 from mae_nb.data.datasets import load_source
@@ -77,7 +74,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ---- every method and every callback ---------------------------------------------------------------------------------
+# ---- every method and every callback --------------------------------------------------------------------------------
 
 CALLS = {   # what a user would type; a context is entered
     'add_cb': lambda learn, _: learn.add_cb(Callback()),
@@ -169,7 +166,7 @@ CALLBACKS = {   # how a user makes those that need arguments
     'ShortEpochCallback': lambda: ShortEpochCallback(.5, short_valid=False),
     'GradientClip': lambda: GradientClip(1.),
 }
-NOT_ADDED = {'HookCallback', 'TensorBoardBaseCallback', 'Callback', 'GatherPredsCallback'}   # bases, and fastai's own part
+NOT_ADDED = {'HookCallback', 'TensorBoardBaseCallback', 'Callback', 'GatherPredsCallback'}   # bases and fastai's own
 REFUSED = {'MixUp', 'CutMix', 'MixHandler', 'GradientAccumulation', 'MixedPrecision', 'ModelToHalf', 'ChannelsLast',
            'NonNativeMixedPrecision', 'ProgressCallback', 'Recorder', 'TrainEvalCallback', 'LRFinder', 'SkipToEpoch',
            'ReduceLROnPlateau', 'MCDropoutCallback', 'ModelResetter', 'RNNCallback', 'RNNRegularizer',
@@ -202,7 +199,7 @@ def test_each_callback_of_fastai(task, sets, tmp_path, monkeypatch):
     assert (tmp_path/'models'/'model.pth').is_file()      # SaveModelCallback's
 
 
-# ---- each thing does what its name says --------------------------------------------------------------------------------
+# ---- each thing does what its name says -----------------------------------------------------------------------------
 
 def test_a_trial_of_rates_leaves_no_trace(learn):
     before = weights(learn)
@@ -287,8 +284,8 @@ def test_fastai_s_own_optimizer_is_refused_at_once(task, sets):
 
 
 def test_loaders_of_fastai_are_refused_in_one_line(task, sets, photos):
-    from fastai.vision.data import ImageDataLoaders
     from fastai.vision.augment import Resize
+    from fastai.vision.data import ImageDataLoaders
     dls = ImageDataLoaders.from_folder(photos, valid_pct=.2, item_tfms=Resize(28), bs=4, num_workers=0)
     recipe = RECIPES[f'{task}_fashion']
     with pytest.raises(UsageError, match='the learner needs loaders from get_dls'):
@@ -306,7 +303,7 @@ def test_batches_can_be_looked_at(learn):
     assert list(learn.dls.vocab) == learn.dls.train.dataset.images.classes
 
 
-# ---- with labels -----------------------------------------------------------------------------------------------------
+# ---- with labels ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def labelled(task, sets):
@@ -369,7 +366,7 @@ def test_freezing_a_probe_leaves_its_encoder_alone(task, sets, make):
     assert {name for name, p in learn.model.named_parameters() if p.requires_grad} == before
 
 
-# ---- in a run folder ---------------------------------------------------------------------------------------------------
+# ---- in a run folder ------------------------------------------------------------------------------------------------
 
 def test_a_run_folder_is_left_alone_by_what_is_beside_the_run(task, sets, tmp_path):
     learn = MAKERS[task](sets, out=make_run(tmp_path/'run', {}))
@@ -396,6 +393,7 @@ def test_fine_tune_in_a_run_folder(task, sets, tmp_path):
 def test_stars_of_both_do_not_clash():
     "What both packages export under one name is known, and is the same idea."
     import fastai.vision.all as theirs
+
     import mae_nb.all as ours
     clash = {name for name in ours.__all__ if name in getattr(theirs, '__all__', dir(theirs))}
     assert clash <= {'save_model'}, json.dumps(sorted(clash))
