@@ -206,7 +206,7 @@ def plan(
     device = get_device(device)
     here = None if rate in PEAKS else device   # a GPU that is named has bfloat16
     chosen = recipe_from_flags(RECIPES[pick(recipe, RECIPES, 'recipe')], set, epochs, bs, here)
-    check_ranges(gpus=gpus, price=price, memory=memory, img_size=img_size, blocks=blocks)
+    check_ranges(gpus=gpus, price=price, memory=memory, img_size=img_size, blocks=None if blocks == 'all' else blocks)
     if blocks is not None and chosen.task != 'partial':
         raise UsageError(f'`blocks` has no meaning for {chosen.task}, only for partial')
     data = data or _data_of(recipe)

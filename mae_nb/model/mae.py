@@ -7,6 +7,7 @@ __all__ = ['SIZES', 'MASKS', 'MAEOutput', 'MAE', 'create_mae']
 
 # %% ../../nbs/model/08_mae.ipynb #851dc19d
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 from torch import nn
@@ -169,7 +170,7 @@ def create_mae(
     "A masked autoencoder by name; every row of the paper's Table 1 is an option."
     size = _SIZE_DEFAULTS | SIZES[pick(name, SIZES, 'model')]
     for option in kwargs:
-        pick(option, size, 'option of create_mae')
+        pick(option, [*size, *signature(create_mae).parameters], 'option of create_mae')
     size |= kwargs
     if img_size is not None:
         size['img_size'] = img_size

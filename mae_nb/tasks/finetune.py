@@ -229,12 +229,13 @@ def finetune_learner(
 # %% ../../nbs/tasks/03_finetune.ipynb #b25a0026
 def freeze_below(
     model:Classifier,  # changed in place
-    blocks:float,      # the last so many blocks learn: 0, 0.5 (the last block's MLP), 1, ... all
+    blocks:float|str,  # the last so many blocks learn: 0, 0.5 (the last block's MLP), 1, ... or 'all'
 ) -> list[str]:        # names of the parameters that learn
     "Freeze a classifier except for its last blocks, last norm and head."
     depth = len(model.blocks)
+    blocks = depth if blocks == 'all' else blocks
     if blocks not in (0, .5, *range(1, depth + 1)):
-        raise UsageError(f'blocks must be 0, 0.5 or a whole number up to {depth}, got {blocks}')
+        raise UsageError(f"blocks must be 0, 0.5, a whole number up to {depth}, or 'all', got {blocks}")
     top = [f'blocks.{i}.' for i in range(depth - int(blocks), depth)]
     if blocks == .5:
         top = [f'blocks.{depth - 1}.mlp.']

@@ -176,10 +176,10 @@ class ProbeOptions(RunOptions):
         return self.kind != 'knn' and not self.fast
 
     @property
-    def last_blocks(self) -> float:
+    def last_blocks(self) -> float|str:
         "The blocks that learn in partial fine-tuning, as an int where it is a whole number."
         blocks = 1 if self.blocks is None else self.blocks
-        return int(blocks) if blocks == int(blocks) else blocks
+        return blocks if blocks == 'all' or blocks != int(blocks) else int(blocks)
 
     def check(self):
         "Raise a clear error for an option that this probe cannot use."

@@ -265,7 +265,7 @@ class RunOptions:
 
     def __post_init__(self):
         object.__setattr__(self, 'set', (self.set,) if isinstance(self.set, str) else tuple(self.set or ()))
-        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES})
+        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES and value != 'all'})
 
     @property
     def task(self) -> str:
