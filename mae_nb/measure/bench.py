@@ -254,8 +254,8 @@ _ONLY_FOR = {   # a parameter that one benchmark alone has -> its name, and the 
     'against': ('step', None), 'task': ('step', 'pretrain'),
     'num_workers': ('loader', None), 'decode': ('loader', 'cpu'), 'folder': ('save', None),
 }
-_UNITS = dict(ours='images a second', theirs='images a second', ratio='', gflop_per_image='GFLOP', learner_ms='ms a step',
-              bare_ms='ms a step', more_ms='ms a step', gb='GB', mfu="of the peak's rate")
+_UNITS = dict(ours='images a second', theirs='images a second', ratio='', gflop_per_image='GFLOP',
+              learner_ms='ms a step', bare_ms='ms a step', more_ms='ms a step', gb='GB', mfu="of the peak's rate")
 
 def bench(
     what:str,                   # step, loader, learner or save
