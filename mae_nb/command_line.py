@@ -150,7 +150,7 @@ def cli(
             caller = sys._getframe(1).f_globals
             script = caller.get('__name__') == '__main__' and 'get_ipython' not in caller
             return func(*args, **kwargs) if args or kwargs or not script else main(func)
-        func.examples = examples
+        run.examples = func.examples = examples
         return run
     return decorate
 
