@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from types import SimpleNamespace
 from typing import Annotated
 
@@ -206,6 +208,7 @@ def help_text(
     for flag, text in _QUESTIONS.items():
         if flag != '--help':
             questions.add_argument(flag, help=text, action='store_true')
+    parser.description = fill(func.__doc__, max(get_terminal_size().columns - 2, 40))
     examples = '\n'.join(f'  {name} {words}'.rstrip() for words in func.examples)
     parser.epilog = f'examples:\n{examples}'
     return parser.format_help().rstrip()

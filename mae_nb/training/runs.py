@@ -247,7 +247,7 @@ class RunOptions:
     _:KW_ONLY
     out:str=None          # the run folder, new or empty; by default a new one in the setting `runs`
     model:str=None        # a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
-    img_size:int=None     # side of the images in pixels; by default the model's own
+    img_size:int=None     # side of the images in pixels, or rows,columns; by default the model's own
     recipe:str=None       # a recipe's name; by default the data set's own, for a folder the paper's
     set:tuple=()          # field=value: change a field of the recipe; repeatable
     epochs:int=None       # passes over the data; by default the recipe's
