@@ -61,9 +61,7 @@ def begin_command(folder, name, *words, before=None, **env):
     """Start a command in a fork, in a folder. Returns its number, and a function that waits for its result.
 
     `before` is called in the fork first."""
-    from fastcore.script import _run_cli
-
-    from mae_nb import commands
+    from mae_nb import command_line, commands
     out, err = folder/'.out', folder/'.err'
     for file in (out, err):
         file.unlink(missing_ok=True)
@@ -74,7 +72,7 @@ def begin_command(folder, name, *words, before=None, **env):
         sys.argv = [name, *map(str, words)]
         if before:
             before()
-        _run_cli(getattr(commands, name.replace('-', '_')).__wrapped__, False)
+        command_line.main(getattr(commands, name.replace('-', '_')).__wrapped__)
 
     pid = fork(run, out, err)
 

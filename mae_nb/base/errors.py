@@ -30,8 +30,8 @@ def require(
         return import_module(module)
     except ImportError as e:
         package = module.partition('.')[0]
-        wanted = f'"mae_nb[{extra}]"' if extra else package
-        raise MissingPackage(f'{package} is not installed: pip install {wanted}') from e
+        how = f'in the folder of mae_nb, pip install -e ".[{extra}]"' if extra else f'pip install {package}'
+        raise MissingPackage(f'{package} is not installed: {how}') from e
 
 # %% ../../nbs/base/01_errors.ipynb #61d21aff
 _FULL_CODES = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}   # not every system has quotas
@@ -51,6 +51,8 @@ def one_line(
 ) -> str:
     "The message of an error in one line."
     text = _FASTAI_PREFIX.sub('', ' '.join(str(e).split()))
+    if isinstance(e, OSError) and e.filename and text.startswith('[Errno'):
+        text = f'{e.filename}: {e.strerror}'
     if isinstance(e, OSError) and disk_is_full(e) and 'no space left' not in text:
         place = f' while writing {e.filename}' if e.filename else ''
         return f'no space left on the disk{place}: free some'

@@ -22,6 +22,7 @@ from ..base.keyed import generator, key
 from ..base.names import pick, to_pair
 from ..base.processes import processes, rank
 from .augment import augment_of
+from .browse import Browsing
 from .crops import CenterCrop, Transform, as_transform, eval_crop
 from .datasets import ImageSet, check_pair, load_source
 from .device_jpeg import DECODE, DeviceDecoder, EncodedBatch, EncodedJpeg, check_device, device_jpeg
@@ -183,7 +184,7 @@ def record_bad(
 class BadImages(RuntimeError):
     "Too many files of a data set could not be read."
 
-class Loader:
+class Loader(Browsing):
     "Batches (images uint8, index, labels) for a `Learner`; counts the files that could not be read."
     max_bad = .01   # share of bad files above which a run stops, once there are more than `few_bad`
     few_bad = 5     # bad files that a run may have whatever their share, but no more than a tenth of a small set

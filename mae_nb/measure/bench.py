@@ -24,7 +24,7 @@ import torch
 from ..base.devices import get_device, machine, peak_flops, timed
 from ..base.errors import UsageError
 from ..base.keyed import key, uniform
-from ..base.names import pick
+from ..base.names import check_ranges, pick
 from ..data.datasets import ImageSet, load_source
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, standardize
 from ..data.loader import get_dls
@@ -87,7 +87,7 @@ def bench_step(
     else:
         peaks = [peak_flops(device, fastest)] * pairs
     flops = step_flops(model)
-    mfus = [bs * flops / t / peak for t, peak in zip(times['ours'], peaks)]
+    mfus = [min(bs * flops / t / peak, 1.) for t, peak in zip(times['ours'], peaks)]   # the products had a bad turn
     return compare(times, bs) | dict(gflop_per_image=flops / 1e9, mfu=statistics.median(mfus))
 
 # %% ../../nbs/measure/01_bench.ipynb #be9c4005
@@ -102,13 +102,16 @@ def bench_loader(
     device='cpu',
     decode:str='cpu',   # one of `DECODE`
 ) -> dict:           # samples a second
-    "The training loader alone, after its first batch; an error for a set of less than two batches."
+    "The training loader alone, after the batches that workers had ready; an error for less than two batches."
     dls = get_dls(sets, recipe, img_size=img_size, bs=bs, num_workers=num_workers, device=device, decode=decode)
     if len(dls.train) < 2:
         raise UsageError(f'{sets[0].name} has only {len(sets[0])} images: use bs={len(sets[0]) // 2} or less')
+    ready = 1 + 2 * dls.train.num_workers   # read ahead while nobody asked: they would count as read in no time
+    skipped = min(ready, len(dls.train) // 2)
     batch = iter(dls.train)
-    next(batch)
-    count = min(batches, len(dls.train) - 1)
+    for _ in range(skipped):
+        next(batch)
+    count = min(max(batches, ready), len(dls.train) - skipped)
 
     def run():
         for _ in range(count):
@@ -251,6 +254,8 @@ _ONLY_FOR = {   # a parameter that one benchmark alone has -> its name, and the 
     'against': ('step', None), 'task': ('step', 'pretrain'),
     'num_workers': ('loader', None), 'decode': ('loader', 'cpu'), 'folder': ('save', None),
 }
+_UNITS = dict(ours='images a second', theirs='images a second', ratio='', gflop_per_image='GFLOP',
+              learner_ms='ms a step', bare_ms='ms a step', more_ms='ms a step', gb='GB', mfu="of the peak's rate")
 
 def bench(
     what:str,                   # step, loader, learner or save
@@ -270,7 +275,10 @@ def bench(
 ) -> dict:                      # the numbers, the options that matter, and the machine
     "Measure the training step, the loader, the Learner or saving on this machine."
     options = dict(against=against, task=task, num_workers=num_workers, decode=decode, folder=folder)
+    check_ranges(bs=bs, steps=steps, pairs=pairs, num_workers=num_workers)
     _check_options(what, task, bs, options)
+    if what == 'loader' and pairs != 9:
+        raise UsageError('`pairs` has no meaning for loader, which is measured alone: use `steps`')
     device, recipe = get_device(device), override(RECIPES[task], set or ())
     dtype = pick(dtype or ('float32' if device.type == 'cpu' else 'bfloat16'), DTYPES, '`dtype`')
     _check_fields(what, task, set or ())
@@ -300,8 +308,6 @@ def _check_options(what:str, task:str, bs:int, options:dict):
     "Raise an error for a name that is unknown or an option without effect."
     pick(what, BENCH_FIELDS, 'bench')
     pick(task, ('pretrain', 'finetune'), '`task`')
-    if bs < 1:
-        raise UsageError(f'`bs` must be at least 1, got {bs}')
     for name, (home, default) in _ONLY_FOR.items():
         if what != home and options[name] != default:
             raise UsageError(f'`{name}` has no meaning for {what}, only for {home}')
@@ -333,6 +339,7 @@ def bench_text(
     "The numbers of a benchmark in lines, and the machine."
     names = list(result)
     measured = names[1:names.index('model')]
-    lines = [f'{name:16} {result[name]:.4g}' for name in measured]
+    unit = lambda name: _UNITS.get(name, 'seconds' if name.endswith('seconds') else '')
+    lines = [f'{name:16} {result[name]:<9.4g} {unit(name)}'.rstrip() for name in measured]
     machine = f"{result['device_name']}, {result['threads']} threads"
     return '\n'.join([*lines, f"{machine}, matrix products at {result['matmul_gflops']:.0f} GFLOP a second"])

@@ -103,8 +103,12 @@ def model_parts(
     encoder, width = _encoder(model), 2 if amp else 4
     n = encoder.grid[0] * encoder.grid[1]
     if not isinstance(model, MAE):
-        head = _head(model)
-        return [*_encoder_parts(encoder, n, width), _linear('head', head, 1, encoder.dim, head.out_features, width)]
+        head, parts = _head(model), _encoder_parts(encoder, n, width)
+        if getattr(model.head, 'query', None) is not None:   # attention of learned queries to the patches
+            value = _linear('head', model.head.value, n, encoder.dim, encoder.dim, width)
+            queries, dim = model.head.query.shape
+            parts.append(value._replace(flops=value.flops + 2 * queries * n * dim + 2 * n * dim))
+        return [*parts, _linear('head', head, 1, encoder.dim, head.out_features, width)]
     keep = int(n * (1 - (model.mask_ratio if mask_ratio is None else mask_ratio)))
     seen = keep if encoder.mask_token is None else n
     return _encoder_parts(encoder, seen, width) + _decoder_parts(model, n, keep, seen, width)

@@ -76,6 +76,9 @@ class Encoder(nn.Module):
         if shape != fitting:
             raise UsageError(f'the model takes images of shape {fitting} (channels, rows, columns), got {shape}: '
                              'resize the images or create the model with this img_size and in_chans')
+        if not imgs.is_floating_point():
+            raise UsageError(f'the model takes standardised images of floats, got {imgs.dtype}: '
+                             'call standardize(imgs, mean, std) first')
 
     def embed(self,
         imgs:torch.Tensor,    # images (b, c, h, w)

@@ -7,6 +7,7 @@ __all__ = ['SIZES', 'MASKS', 'MAEOutput', 'MAE', 'create_mae']
 
 # %% ../../nbs/model/08_mae.ipynb #851dc19d
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 from torch import nn
@@ -24,6 +25,10 @@ SIZES = {
     'mae_vit_base_patch16':   dict(img_size=224, patch_size=16, dim=768,  depth=12, num_heads=12),
     'mae_vit_large_patch16':  dict(img_size=224, patch_size=16, dim=1024, depth=24, num_heads=16),
     'mae_vit_huge_patch14':   dict(img_size=224, patch_size=14, dim=1280, depth=32, num_heads=16),
+    'mae_vit_tiny_patch16':   dict(img_size=224, patch_size=16, dim=192, depth=12, num_heads=3,
+                                   decoder_dim=192, decoder_depth=4, decoder_heads=3),
+    'mae_vit_small_patch16':  dict(img_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
+                                   decoder_dim=256, decoder_depth=4, decoder_heads=8),
     'mae_vit_tiny_patch2_32': dict(img_size=32, patch_size=2, dim=192, depth=12, num_heads=3,
                                    decoder_dim=192, decoder_depth=4, decoder_heads=3),
     'mae_vit_nano_patch4_32': dict(img_size=32, patch_size=4, dim=128, depth=3, num_heads=4,
@@ -166,7 +171,7 @@ def create_mae(
     "A masked autoencoder by name; every row of the paper's Table 1 is an option."
     size = _SIZE_DEFAULTS | SIZES[pick(name, SIZES, 'model')]
     for option in kwargs:
-        pick(option, size, 'option of create_mae')
+        pick(option, [*size, *signature(create_mae).parameters], 'option of create_mae')
     size |= kwargs
     if img_size is not None:
         size['img_size'] = img_size

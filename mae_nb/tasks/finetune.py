@@ -30,6 +30,7 @@ from ..data.loader import get_dls
 from ..model.classifier import Classifier, create_classifier
 from ..training.callbacks import DeviceMean
 from ..training.engine import TaskLearner, check_channels, run_seed
+from ..training.learners import LabelLearner
 from ..training.optim import finetune_groups
 from ..training.recipes import FinetuneRecipe, PartialRecipe, as_config
 from ..training.runs import (
@@ -55,10 +56,11 @@ def label_loss(
     index:torch.Tensor,   # sample index (b,), not needed
     labels:torch.Tensor,  # class numbers (b,), or mixed targets (b, classes), which are smooth already
     smoothing:float=0.,   # share of the target spread over all classes; none without gradients, in evaluation
+    reduction:str='mean', # none: each sample's own
 ) -> torch.Tensor:
     "Cross-entropy with label smoothing."
     smooth = smoothing if labels.ndim == 1 and torch.is_grad_enabled() else 0.
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smooth)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smooth, reduction=reduction)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #f120fe40
 def top1(
@@ -183,9 +185,10 @@ def label_learner(
     *,
     seed:int|None=None,         # the loaders' own; another one is an error
     out:str|Path|None=None,     # the run folder, from `make_run`
+    metrics:list=(),            # more than top1 and top5: functions (logits, labels), or fastai's `Metric`s
     cbs:list=(),                # more callbacks
     **kwargs,                   # of `TaskLearner`: max_steps, valid_every, save_every, keep, if_full
-) -> TaskLearner:
+) -> LabelLearner:
     "A `Learner` with what all tasks with labels share: mixing, loss, metrics and the classes' report."
     seed, smoothing, mixup, cutmix = run_seed(dls, seed), recipe.label_smoothing, recipe.mixup, recipe.cutmix
     own = []
@@ -196,8 +199,9 @@ def label_learner(
         own.append(MixLabels(seed, model.head.out_features, mixup, cutmix, smoothing))
     if out is not None:
         own.append(ClassReport(out))
-    return TaskLearner(dls, model, recipe, groups, partial(label_loss, smoothing=smoothing), out=out,
-                       metrics=[DeviceMean(top1, 'top1'), DeviceMean(top5, 'top5')], cbs=[*own, *cbs], **kwargs)
+    both = DeviceMean(top1, 'top1'), DeviceMean(top5, 'top5')
+    return LabelLearner(dls, model, recipe, groups, partial(label_loss, smoothing=smoothing), out=out,
+                        metrics=[*both, *metrics], cbs=[*own, *cbs], **kwargs)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #10756bf8
 def _check_classifier(dls, model:Classifier, recipe):
@@ -227,12 +231,13 @@ def finetune_learner(
 # %% ../../nbs/tasks/03_finetune.ipynb #b25a0026
 def freeze_below(
     model:Classifier,  # changed in place
-    blocks:float,      # the last so many blocks learn: 0, 0.5 (the last block's MLP), 1, ... all
+    blocks:float|str,  # the last so many blocks learn: 0, 0.5 (the last block's MLP), 1, ... or 'all'
 ) -> list[str]:        # names of the parameters that learn
     "Freeze a classifier except for its last blocks, last norm and head."
     depth = len(model.blocks)
+    blocks = depth if blocks == 'all' else blocks
     if blocks not in (0, .5, *range(1, depth + 1)):
-        raise UsageError(f'blocks must be 0, 0.5 or a whole number up to {depth}, got {blocks}')
+        raise UsageError(f"blocks must be 0, 0.5, a whole number up to {depth}, or 'all', got {blocks}")
     top = [f'blocks.{i}.' for i in range(depth - int(blocks), depth)]
     if blocks == .5:
         top = [f'blocks.{depth - 1}.mlp.']

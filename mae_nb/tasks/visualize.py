@@ -9,7 +9,6 @@ __all__ = ['reconstruct', 'show_reconstructions', 'save_reconstructions', 'show'
 from collections.abc import Sequence
 from pathlib import Path
 
-from einops import rearrange
 import numpy as np
 import torch
 
@@ -17,6 +16,7 @@ from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.files import save_figure
 from ..base.keyed import key, uniform
+from ..data.browse import shown_image
 from ..data.crops import eval_transform
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, read_or_explain, standardize, unstandardize
 from ..data.loader import Samples
@@ -57,6 +57,7 @@ def show_reconstructions(
     std:tuple,                     # likewise
     noise:torch.Tensor|None=None,  # uniform random numbers (b, n) for the mask
     side:float=1.6,                # inches a picture
+    bands:tuple|None=None,         # one or three channels to show; the first three, or one of two, if None
 ) -> 'matplotlib.figure.Figure':  # noqa: F821
     "A column an image: original, what the encoder sees, prediction, prediction with the visible patches pasted in."
     import matplotlib.pyplot as plt
@@ -69,7 +70,7 @@ def show_reconstructions(
     fig, axs = plt.subplots(4, len(imgs), figsize=size, squeeze=False, layout='constrained')
     for ax_row, (name, pictures) in zip(axs, rows, strict=True):
         for ax, picture in zip(ax_row, pictures, strict=True):
-            ax.imshow(rearrange(picture, 'c h w -> h w c').cpu().squeeze(-1), cmap='gray', vmin=0, vmax=1)
+            ax.imshow(shown_image(picture, bands), cmap='gray', vmin=0, vmax=1)
             ax.set_xticks([])
             ax.set_yticks([])
         ax_row[0].set_ylabel(name, rotation=0, ha='right', va='center')

@@ -98,6 +98,7 @@ class DeviceRecorder(Recorder):
             self.log += [None] * (len(self.metric_names) - len(self.log))
         self.learn.final_record = self.log[1:].copy()
         self.values.append(self.learn.final_record)
+        self.logger(self.log)   # silent, unless a callback such as `CSVLogger` listens
 
     def run_tensors(self) -> dict:
         "Its part of a checkpoint, apart from the rows."

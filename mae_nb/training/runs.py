@@ -22,11 +22,11 @@ import torch
 from ..base.devices import get_device, memory_gib
 from ..base.errors import MissingFile, UsageError
 from ..base.files import LOCK, lock_folder, read_json, save_figure, unlock_folder, write_whole
-from ..base.names import pick
+from ..base.names import RANGES, check_ranges, pick
 from ..base.processes import broadcast_value, rank
 from ..base.settings import setting
 from ..base.tables import add_row, plot_metrics, read_metrics, start_table
-from .presets import RECIPES, default_model, default_recipe, recipe_from_flags
+from .presets import default_model, default_recipe, pick_recipe, recipe_from_flags
 from .recipes import Recipe
 from ..weights.loading import save_model
 from ..weights.reading import checkpoints_in
@@ -224,7 +224,7 @@ class RunOptions:
     _:KW_ONLY
     out:str=None          # the run folder, new or empty; by default a new one in the setting `runs`
     model:str=None        # a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
-    img_size:int=None     # side of the images in pixels; by default the model's own
+    img_size:int=None     # side of the images in pixels, or rows,columns; by default the model's own
     recipe:str=None       # a recipe's name; by default the data set's own, for a folder the paper's
     set:tuple=()          # field=value: change a field of the recipe; repeatable
     epochs:int=None       # passes over the data; by default the recipe's
@@ -242,8 +242,8 @@ class RunOptions:
     json:str=None         # also write the numbers to this file
 
     def __post_init__(self):
-        settings = (self.set,) if isinstance(self.set, str) else tuple(self.set or ())
-        object.__setattr__(self, 'set', settings)
+        object.__setattr__(self, 'set', (self.set,) if isinstance(self.set, str) else tuple(self.set or ()))
+        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES and value != 'all'})
 
     @property
     def task(self) -> str:
@@ -257,8 +257,8 @@ class RunOptions:
 
     def read_recipe(self) -> Recipe:
         "The recipe that is named, or the data set's own, with the fields that the options change."
-        name = pick(self.recipe or default_recipe(self.data, self.task), RECIPES, 'recipe')
-        return recipe_from_flags(RECIPES[name], self.set, self.epochs, self.bs)
+        recipe = pick_recipe(self.recipe or default_recipe(self.data, self.task), self.task)
+        return recipe_from_flags(recipe, self.set, self.epochs, self.bs, get_device(self.device), self.out)
 
     def loader_options(self) -> dict:
         "What `get_dls` takes from here."

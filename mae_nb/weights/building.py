@@ -224,6 +224,8 @@ def classifier_from(
 ) -> tuple[Classifier, LoadReport]:
     "A classifier that starts from a pretrained encoder; its head is new, and with 'avg' so is its norm."
     own = {k: v for k, v in model.config.items() if k in ('name', *ENCODER_OPTIONS)}
+    if 'name' not in own:
+        raise UsageError('this encoder does not know how it was made: give the MAE itself, or one from load_encoder')
     classifier = create_classifier(num_classes=num_classes, pool=pool, drop_path=drop_path, **own)
     encoder = model.encoder if isinstance(model, MAE) else model
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(('head.', 'fc_norm.'))}

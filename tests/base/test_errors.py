@@ -44,9 +44,10 @@ def test_errors_of_the_caller_are_what_python_raises_too():
         with pytest.raises(UsageError, match='^why$'):
             raise kind('why')
 
-@pytest.mark.parametrize('extra, wanted', [(None, 'no_such_package'), ('hub', '"mae_nb[hub]"')])
+@pytest.mark.parametrize('extra, wanted', [(None, 'pip install no_such_package'),
+                                           ('hub', 'in the folder of mae_nb, pip install -e ".[hub]"')])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(extra, wanted):
     with pytest.raises(MissingPackage) as e:
         require('no_such_package.with_a_part', extra)
-    assert str(e.value) == f'no_such_package is not installed: pip install {wanted}'
+    assert str(e.value) == f'no_such_package is not installed: {wanted}'
     assert require('os.path') is os.path

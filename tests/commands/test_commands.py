@@ -32,7 +32,7 @@ PARTS = ('config.json', 'metrics.csv', 'timing.csv', 'model.safetensors', 'figur
     (('fashion', '--img-size', '30'), '30x30 pixels is not divisible by patch size 4'),
     (('fashion', '--recipe', 'pretrain_fashon'), "did you mean 'pretrain_fashion'"),
     (('fashion', '--bs', '10001'), 'use --bs 10000 or less'),
-    (('fashion', '--bs', '0'), 'batch_size must be at least 1'),
+    (('fashion', '--bs', '0'), '--bs must be a whole number, at least 1'),
     (('fashion', '--device', 'toaster'), '--device toaster cannot be used'),
     (('fashion', '--out', 'full'), 'full exists already and is not empty'),
 ])

@@ -32,7 +32,7 @@ def test_a_benchmark_writes_its_numbers(forked, tmp_path, words, fields):
     (('mae-bench', 'step', '--against', 'tim'), "unknown --against 'tim': did you mean 'timm'"),
     (('mae-bench', 'step', '--against', 'timm'), 'timm has no masked autoencoder'),
     (('mae-bench', 'save', '--against', 'timm'), '--against has no meaning for save'),
-    (('mae-bench', 'step', '--bs', '0'), '--bs must be at least 1'),
+    (('mae-bench', 'step', '--bs', '0'), '--bs must be a whole number, at least 1'),
     (('mae-bench', 'step', '--pairs', '0'), 'at least one turn'),
     (('mae-bench', 'step', '--set', 'compile=all'), 'compile must be one of none, blocks, whole, graphs'),
     (('mae-bench', 'step', '--set', 'compile=graphs'), 'needs a GPU'),
@@ -43,14 +43,14 @@ def test_a_benchmark_writes_its_numbers(forked, tmp_path, words, fields):
     (('mae-bench', 'step', '--dtype', 'float16'), "did you mean 'bfloat16'"),
     (('mae-bench', 'loader', '--data', 'nowhere/at-all'), 'no such folder'),
     (('mae-plan', 'pretrian'), "did you mean 'pretrain'"),
-    (('mae-plan', 'pretrain', '--rate', 'fast'), '--rate takes auto or a number'),
-    (('mae-plan', 'pretrain', '--gpus', '0'), '--gpus must be at least 1'),
+    (('mae-plan', 'pretrain', '--rate', 'fast'), '--rate takes auto, a number'),
+    (('mae-plan', 'pretrain', '--gpus', '0'), '--gpus must be a whole number, at least 1'),
     (('mae-plan', 'pretrain', '--gpus', '3', '--rate', '10'), 'batch_size 4096 does not divide into 3 parts'),
     (('mae-plan', 'pretrain', '--memory', '1', '--rate', '10', '--model', 'mae_vit_base_patch16'),
      'the model does not fit'),
     (('mae-plan', 'pretrain', '--data', 'imagenot', '--rate', '10'), "did you mean 'imagenet'"),
     (('mae-plan', 'pretrain', '--data', '100', '--rate', '10'), 'larger than the 100 images'),
-    (('mae-plan', 'knn', '--rate', '10'), 'can be planned'),
+    (('mae-plan', 'knn', '--rate', '10'), 'no run to plan'),
 ])
 def test_a_wrong_argument_gets_one_line_and_exit_code_2(forked, words, message):
     model = () if '--model' in words else ('--model', NANO)
