@@ -61,7 +61,7 @@ def _end(func, error:BaseException, out:str|Path|None):
     reason = {130: 'interrupted', 143: 'terminated'}.get(code)
     if reason is None:
         reason = f'ended by {error}' if code > 128 else f'error: {_with_flags(one_line(error), func)}'
-    print(f'\n{Path(sys.argv[0]).name}: {reason}{_remains(out, code)}', file=sys.stderr, flush=True)
+    print(f'\n{Path(sys.argv[0]).name}: {reason}{_remains(out, code, func)}', file=sys.stderr, flush=True)
     if code > 130:
         from mae_nb.base.processes import requeue
         requeue(error.signum)
@@ -75,12 +75,13 @@ def _exit_code(error:BaseException) -> int:
         return 2
     return 1 if isinstance(error, Exception) else 128 + error.signum   # of `Terminated`
 
-def _remains(out:str|Path|None, code:int) -> str:
-    "What a stopped command has left, and how to resume it."
+def _remains(out:str|Path|None, code:int, func) -> str:
+    "What a stopped command has left, and how to resume it if the command can."
     if code == 2 or not out or not Path(out).is_dir():
         return ''
     from mae_nb.weights.reading import checkpoints_in
-    resume = f'; resume it with --resume {out}' if checkpoints_in(Path(out)/'checkpoints') else ''
+    can_resume = 'resume' in signature(func).parameters and checkpoints_in(Path(out)/'checkpoints')
+    resume = f'; resume it with --resume {out}' if can_resume else ''
     return f'; what was done so far is in {out}{resume}'
 
 # %% ../nbs/commands.ipynb #888fed7d
@@ -371,14 +372,17 @@ def mae_demo(
     data:str=None,         # fashion or cifar10; by default the setting `dataset`
     epochs:int=None,       # of pretraining; by default the recipe's
     seed:int=0,            # of everything
+    seeds:int=1,           # demos with so many seeds, counted up from --seed, in one table
     out:str=None,          # the run folder, new or empty; by default a new one in the setting `runs`
     num_workers:int=None,  # processes that crop images; by default none
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    resume:str=None,       # the run folder of a demo that was interrupted; name its --data, --seed and --epochs again
     json:str=None,         # also write the table to this file
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a small masked autoencoder, show what it sees, and measure what it has learned."
     with command(mae_demo, debug) as run:
         from mae_nb.tasks.demo import demo, demo_folder
-        run.out = out or demo_folder(data)
-        return demo(data, epochs=epochs, seed=seed, out=run.out, num_workers=num_workers, device=device, json=json)
+        run.out = resume or out or demo_folder(data)
+        return demo(data, epochs=epochs, seed=seed, seeds=seeds, out=None if resume else run.out,
+                    num_workers=num_workers, device=device, resume=resume, json=json)

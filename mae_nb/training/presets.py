@@ -6,6 +6,8 @@
 __all__ = ['RECIPES', 'DEFAULT_MODELS', 'show_recipe', 'default_model', 'default_recipe', 'recipe_from_flags']
 
 # %% ../../nbs/training/02_presets.ipynb #cdea7b5a
+from dataclasses import replace
+
 from mae_nb.training.recipes import (
     AttentiveRecipe, FinetuneRecipe, KnnRecipe, LinearRecipe, PartialRecipe, PretrainRecipe, ScratchRecipe,
     describe_fields, override,
@@ -55,6 +57,8 @@ def _small_pretrain(epochs:int) -> PretrainRecipe:
 
 RECIPES['pretrain_fashion'] = _small_pretrain(25)
 RECIPES['pretrain_cifar10'] = _small_pretrain(12)
+RECIPES['demo_fashion'] = replace(_small_pretrain(16), batch_size=64, crop_scale=(.6, 1.))
+RECIPES['demo_cifar10'] = replace(_small_pretrain(8), batch_size=64, crop_scale=(.6, 1.))
 for _data in ('fashion', 'cifar10'):
     RECIPES[f'finetune_{_data}'] = FinetuneRecipe(base_lr=1e-2, **_SMALL_TUNE)
     RECIPES[f'scratch_{_data}'] = FinetuneRecipe(base_lr=5e-3, layer_decay=1., **_SMALL_TUNE)
