@@ -38,6 +38,7 @@ class DemoPlan:
     draws: dict             # labels of each class -> how often they are drawn, for the probes
     trained: tuple          # labels of each class with which the whole network is trained, once each
     penalties: tuple = (1e-4, 1e-3, 1e-2, 1e-1, 1.)   # of the probe, for every row
+    tune_on: int = 5000     # labelled images, at most, with which a penalty is chosen: a fifth is held out
 
     @property
     def probe_fits(self) -> int:
@@ -52,7 +53,7 @@ def _folds(labels:int) -> int:
     "Fifths of the labelled images that are held out in turn to choose a penalty: all of them where there are few."
     return 5 if labels <= 50 else 1
 
-# %% ../../nbs/tasks/06_demo.ipynb #cf800c8f
+# %% ../../nbs/tasks/06_demo.ipynb #9fee8a1e
 def compare_features(
     train,            # an `ImageSet`, labelled
     test,             # an `ImageSet`, labelled
@@ -84,7 +85,7 @@ def _probe_row(row:str, features:list, train, test, plan:DemoPlan, seed:int, tic
         for draw in range(seed, seed + draws):
             ids = numbered.shots(labels, draw).items
             probe = linear_probe(features[0][ids], train.labels[ids], features[1], test.labels, plan.penalties,
-                                 seed=seed, folds=_folds(labels), tick=tick)
+                                 plan.tune_on, seed, _folds(labels), tick)
             results.append(dict(row=row, labels_per_class=labels, draw=draw, top1=probe.accuracy,
                                 penalty=probe.penalty))
     return results
