@@ -38,7 +38,7 @@ class DemoPlan:
     draws: dict             # labels of each class -> how often they are drawn, for the probes
     trained: tuple          # labels of each class with which the whole network is trained, once each
     penalties: tuple = (1e-4, 1e-3, 1e-2, 1e-1, 1.)   # of the probe, for every row
-    tune_on: int = 5000     # labelled images, at most, with which a penalty is chosen: a fifth is held out
+    tune_on: int = 10_000   # labelled images, at most, with which a penalty is chosen: a fifth is held out
 
     @property
     def probe_fits(self) -> int:
@@ -53,7 +53,7 @@ def _folds(labels:int) -> int:
     "Fifths of the labelled images that are held out in turn to choose a penalty: all of them where there are few."
     return 5 if labels <= 50 else 1
 
-# %% ../../nbs/tasks/06_demo.ipynb #9fee8a1e
+# %% ../../nbs/tasks/06_demo.ipynb #f253dd44
 def compare_features(
     train,            # an `ImageSet`, labelled
     test,             # an `ImageSet`, labelled
