@@ -632,6 +632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features.pixel_features': ( 'tasks/features.html#pixel_features',
                                                                                  'mae_nb/tasks/features.py'),
+                                       'mae_nb.tasks.features.principal_features': ( 'tasks/features.html#principal_features',
+                                                                                     'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features.read_features': ( 'tasks/features.html#read_features',
                                                                                 'mae_nb/tasks/features.py')},
             'mae_nb.tasks.finetune': { 'mae_nb.tasks.finetune.ClassReport': ('tasks/finetune.html#classreport', 'mae_nb/tasks/finetune.py'),

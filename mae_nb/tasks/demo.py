@@ -20,7 +20,7 @@ from ..base.names import pick
 from ..base.settings import setting
 from ..data.datasets import SOURCES, load_source
 from ..model.mae import create_mae
-from .features import Readout, linear_probe, pixel_features, read_features
+from .features import Readout, linear_probe, pixel_features, principal_features, read_features
 from .finetune import finetune_run
 from .pretrain import pretrain_run
 from .visualize import save_reconstructions
@@ -45,7 +45,7 @@ class DemoPlan:
         "Fits of all probes of one row."
         return sum(draws * (_folds(labels) * len(self.penalties) + 1) for labels, draws in self.draws.items())
 
-DEMOS = {'fashion': DemoPlan(Readout((-1,), 4), {10: 5, 50: 5, 250: 3, 1000: 1}, (10, 50)),
+DEMOS = {'fashion': DemoPlan(Readout((-1,), 7), {10: 5, 50: 5, 250: 3, 1000: 1}, (10, 50)),
          'cifar10': DemoPlan(Readout((-1,), 4), {10: 5, 50: 5, 250: 3, 1000: 1, 5000: 1}, (10, 50))}
 ROWS = ('raw pixels', 'untrained', 'learned', 'scratch', 'finetuned')
 
@@ -53,7 +53,7 @@ def _folds(labels:int) -> int:
     "Fifths of the labelled images that are held out in turn to choose a penalty: all of them where there are few."
     return 5 if labels <= 50 else 1
 
-# %% ../../nbs/tasks/06_demo.ipynb #f253dd44
+# %% ../../nbs/tasks/06_demo.ipynb #9a3f7762
 def compare_features(
     train,            # an `ImageSet`, labelled
     test,             # an `ImageSet`, labelled
@@ -68,6 +68,8 @@ def compare_features(
         with Steps(batches, f'{row} features') as steps:
             features[row] = [read_features(encoder, images, plan.readout, tick=steps.tick) for images in (train, test)]
     results = []
+    for row, own in features.items():
+        features[row] = principal_features(*own)
     for row in features:
         with Steps(plan.probe_fits, f'{row} probes') as steps:
             results += _probe_row(row, features[row], train, test, plan, seed, steps.tick)
@@ -85,7 +87,7 @@ def _probe_row(row:str, features:list, train, test, plan:DemoPlan, seed:int, tic
         for draw in range(seed, seed + draws):
             ids = numbered.shots(labels, draw).items
             probe = linear_probe(features[0][ids], train.labels[ids], features[1], test.labels, plan.penalties,
-                                 plan.tune_on, seed, _folds(labels), tick)
+                                 plan.tune_on, seed, _folds(labels), False, tick)
             results.append(dict(row=row, labels_per_class=labels, draw=draw, top1=probe.accuracy,
                                 penalty=probe.penalty))
     return results

@@ -45,9 +45,9 @@ def test_every_row_of_a_probe_reads_the_same_images_with_the_same_choice_of_pena
     calls = []
     probe = room.linear_probe
 
-    def spy(train, labels, test, test_labels, penalties, tune_on, seed, folds, tick):
+    def spy(train, labels, test, test_labels, penalties, tune_on, seed, folds, standardise, tick):
         calls.append((tuple(labels), penalties, tune_on, seed, folds))
-        return probe(train, labels, test, test_labels, penalties, tune_on, seed, folds, tick)
+        return probe(train, labels, test, test_labels, penalties, tune_on, seed, folds, standardise, tick)
 
     monkeypatch.setattr(room, 'linear_probe', spy)
     demo('fashion', out=tmp_path/'run')
