@@ -65,7 +65,7 @@ def pixel_features(
     samples = Samples(images, size)
     return np.stack([samples[0, i][0].flatten().numpy() for i in range(len(images))]).astype(np.float32) / 255
 
-# %% ../../nbs/tasks/04_features.ipynb #b95f82fc
+# %% ../../nbs/tasks/04_features.ipynb #d2d412ae
 @dataclass(frozen=True)
 class Readout:
     "Which tokens of an encoder become an image's features."
@@ -99,7 +99,7 @@ def _pool_cells(encoder:Encoder, tokens:torch.Tensor, grid:int) -> torch.Tensor:
     patches = tokens[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
     return F.adaptive_avg_pool2d(patches, grid).flatten(1)
 
-# %% ../../nbs/tasks/04_features.ipynb #63eed6b5
+# %% ../../nbs/tasks/04_features.ipynb #23888a99
 class LogisticFit:
     "Multinomial logistic regression on standardised features; each penalty starts from the last one's solution."
     def __init__(self,
@@ -158,7 +158,7 @@ def _directions(x:torch.Tensor) -> tuple:
     values, vectors = values[kept], vectors[:, kept]
     return x.T @ (vectors / values.sqrt()) if few else vectors, values / len(x)
 
-# %% ../../nbs/tasks/04_features.ipynb #2e72e250
+# %% ../../nbs/tasks/04_features.ipynb #b620e4db
 def principal_features(
     train:np.ndarray,     # features (n, d) of the training images, labelled or not
     test:np.ndarray,      # features (m, d)
