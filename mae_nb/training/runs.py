@@ -47,9 +47,8 @@ def plot_metrics(
     import matplotlib.pyplot as plt
     measured = [name for name, values in metrics.items() if any(v == v for v in values)]   # not only NaN
     losses = [name for name in measured if name.endswith('loss')]
-    others = [name for name in measured if name not in (*losses, 'epoch', 'lr')]
-    if not any(metrics.get('skipped', ())):   # skipped steps are drawn only if there were any
-        others = [name for name in others if name != 'skipped']
+    others = [name for name in measured if name not in (*losses, 'epoch', 'lr')
+              and (name != 'skipped' or any(metrics[name]))]   # skipped steps are drawn only if there were any
     panels = [('loss', losses)] + ([('metrics', others)] if others else [])
     fig, axs = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3), squeeze=False, layout='constrained')
     for ax, (title, names) in zip(axs[0], panels, strict=True):

@@ -10,7 +10,8 @@ NOTEBOOKS = [
     'nbs/model/01_patches.ipynb',
     'tutorials/01_pretrain_and_probe.ipynb',
     'tutorials/02_finetune_and_probe.ipynb',
-    'tutorials/03_imagenet_at_scale.ipynb']
+    'tutorials/03_imagenet_at_scale.ipynb',
+    'tutorials/04_demo_search.ipynb']
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
