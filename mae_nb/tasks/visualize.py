@@ -69,7 +69,7 @@ def show_reconstructions(
             (f'hidden patches\npredicted{given}', pasted)]
     if whole:
         rows.append((f'whole prediction{given}', pred))
-    size = side * len(imgs) + 2, side * len(rows) + .5
+    size = side * len(imgs) + (2.8 if given else 2), side * len(rows) + .5
     fig, axs = plt.subplots(len(rows), len(imgs), figsize=size, squeeze=False, layout='constrained')
     share = f'{1 - mask.mean():.0%} of the patches are visible'
     fig.suptitle(share if len(imgs) < 4 else f'{share}, the model predicts the others', fontsize=11)
