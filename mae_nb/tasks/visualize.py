@@ -8,6 +8,7 @@ __all__ = ['HIDDEN_COLOUR', 'reconstruct', 'show_reconstructions', 'save_reconst
 # %% ../../nbs/tasks/01_visualize.ipynb #bb276e8a
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from einops import rearrange
 import numpy as np
@@ -63,7 +64,7 @@ def show_reconstructions(
     import matplotlib.pyplot as plt
     pred, pasted, mask = reconstruct(model, imgs, noise)
     real, pred, pasted = (_as_colours(unstandardize(x, mean, std), channels) for x in (imgs, pred, pasted))
-    given = f',\n{model.target.shows}' if model.target.shows else ''   # what the true patches contribute
+    given = ',\n' + fill(model.target.shows, 16) if model.target.shows else ''   # what the true patches contribute
     hidden = torch.tensor(HIDDEN_COLOUR, device=real.device).view(3, 1, 1)
     rows = [('original', real), ('visible patches', torch.where(mask.bool(), hidden, real)),
             (f'hidden patches\npredicted{given}', pasted)]
