@@ -50,10 +50,11 @@ PUBLIC = {   # module -> its public names
     'tasks.pretrain': 'PretrainOptions pretrain_learner pretrain_run pretrain',
     'tasks.finetune': '''FinetuneOptions top1 top5 finetune_learner partial_learner freeze_below
                          finetune_run finetune''',
-    'tasks.features': 'get_encoder extract_features pixel_features Probe linear_probe KnnResult knn_probe',
+    'tasks.features': '''get_encoder extract_features Readout read_features pixel_features Probe linear_probe
+                         KnnResult knn_probe''',
     'tasks.probes': '''ProbeOptions FrozenProbe LinearHead AttentiveHead linear_probe_learner attentive_probe_learner
                        probe_run probe''',
-    'tasks.demo': 'compare_features demo',
+    'tasks.demo': 'DemoPlan compare_features summarize demo',
     'tasks.replay': 'replay',
     'tasks.rival_recipes': 'RIVALS rival_recipe',
     'tasks.rivals': 'rival_learner rival_run',

@@ -89,7 +89,7 @@ def _end(func, error:BaseException, out:str|Path|None):
     reason = {130: 'interrupted', 143: 'terminated'}.get(code)
     if reason is None:
         reason = f'ended by {error}' if code > 128 else f'error: {_with_flags(one_line(error), func)}'
-    print(f'\n{Path(sys.argv[0]).name}: {reason}{_remains(out, code)}', file=sys.stderr, flush=True)
+    print(f'\n{Path(sys.argv[0]).name}: {reason}{_remains(out, code, func)}', file=sys.stderr, flush=True)
     if code > 130:
         from mae_nb.base.processes import requeue
         requeue(error.signum)
@@ -103,13 +103,14 @@ def _exit_code(error:BaseException) -> int:
         return 2
     return 1 if isinstance(error, Exception) else 128 + error.signum   # of `Terminated`
 
-def _remains(out:str|Path|None, code:int) -> str:
-    "What a stopped command has left, and how to resume it."
+def _remains(out:str|Path|None, code:int, func) -> str:
+    "What a stopped command has left, and how to resume it if the command can."
     if code == 2 or not out or not os.path.isdir(out):   # a name that is too long is no folder
         return ''
     from mae_nb.weights.reading import checkpoints_in
     resumable = checkpoints_in(Path(out)/'checkpoints') or (Path(out)/'points').is_dir()   # a run's, or a study's
-    resume = f'; resume it with --resume {out}' if resumable else ''
+    can_resume = resumable and 'resume' in signature(func).parameters
+    resume = f'; resume it with --resume {out}' if can_resume else ''
     return f'; what was done so far is in {out}{resume}'
 
 # %% ../nbs/command_line.ipynb #b45f47a9

@@ -331,14 +331,17 @@ def mae_demo(
     data:str=None,         # fashion or cifar10; by default the setting `dataset`
     epochs:int=None,       # of pretraining; by default the recipe's
     seed:int=0,            # of everything
+    seeds:int=1,           # demos with so many seeds, counted up from --seed, in one table
     out:str=None,          # the run folder, new or empty; by default a new one in the setting `runs`
     num_workers:int=None,  # processes that crop images; by default none
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    resume:str=None,       # the run folder of a demo that was interrupted; name its --data, --seed and --epochs again
     json:str=None,         # also write the table to this file
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a small masked autoencoder, show what it sees, and measure what it has learned."
     with command(mae_demo, debug, epochs=epochs, seed=seed, num_workers=num_workers) as run:
         from mae_nb.tasks.demo import demo, demo_folder
-        run.out = out or demo_folder(data)
-        return demo(data, epochs=epochs, seed=seed, out=run.out, num_workers=num_workers, device=device, json=json)
+        run.out = resume or out or demo_folder(data)
+        return demo(data, epochs=epochs, seed=seed, seeds=seeds, out=None if resume else run.out,
+                    num_workers=num_workers, device=device, resume=resume, json=json)

@@ -107,7 +107,8 @@ def plot_metrics(
     fig, axs = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3), squeeze=False, layout='constrained')
     for ax, (title, names) in zip(axs[0], panels, strict=True):
         for name in names:
-            ax.plot(metrics['epoch'], metrics[name], marker='.', label=name)
+            measured_at = [(epoch, value) for epoch, value in zip(metrics['epoch'], metrics[name]) if value == value]
+            ax.plot(*zip(*measured_at), marker='.', label=name)   # a line also where not every epoch is measured
         ax.set_xlabel('epoch')
         ax.set_title(title)
         if names:

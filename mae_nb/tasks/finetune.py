@@ -191,14 +191,12 @@ def label_learner(
 ) -> LabelLearner:
     "A `Learner` with what all tasks with labels share: mixing, loss, metrics and the classes' report."
     seed, smoothing, mixup, cutmix = run_seed(dls, seed), recipe.label_smoothing, recipe.mixup, recipe.cutmix
-    own = []
+    own = [] if out is None else [ClassReport(out)]
     if mixup or cutmix:
         if dls.train.bs % 2:
             raise UsageError(f'mixup and cutmix pair the images of a batch, got {dls.train.bs}: '
                              'use an even `bs`, or mixup=0 and cutmix=0')
         own.append(MixLabels(seed, model.head.out_features, mixup, cutmix, smoothing))
-    if out is not None:
-        own.append(ClassReport(out))
     both = DeviceMean(top1, 'top1'), DeviceMean(top5, 'top5')
     return LabelLearner(dls, model, recipe, groups, partial(label_loss, smoothing=smoothing), out=out,
                         metrics=[*both, *metrics], cbs=[*own, *cbs], **kwargs)
@@ -333,10 +331,8 @@ def finetune_setup(
         model = create_classifier(**begun)   # the checkpoint fills it
     else:
         model, report = seeded(options.seed, classifier_from, encoder, *head)
-        print_once(f'{options.weights}: {report}')
-        kept = keep_head(model, options.weights, sets[0].classes)
-        if kept:
-            print_once(f'{options.weights}: {kept}')
+        for line in filter(None, (report, keep_head(model, options.weights, sets[0].classes))):
+            print_once(f'{options.weights}: {line}')
     return finetune_run(sets, model, recipe, options, config=dict(options=options.as_config()))
 
 def finetune(

@@ -80,8 +80,7 @@ def finetune_groups(
 
     groups = param_groups(model, weight_decay, no_decay, scale)
     if groups and layer_decay != 1 and all(g['lr_scale'] == 1 for g in groups):
-        raise UsageError(f'layer_decay={layer_decay:g} matches no parameter, only head and last norm are trained: '
-                         'set it to 1')
+        raise UsageError(f'layer_decay={layer_decay:g} matches no parameter that is trained: set it to 1')
     return groups
 
 # %% ../../nbs/training/03_optim.ipynb #8f99e04c
@@ -116,14 +115,14 @@ class GroupedOptimizer(OptimWrapper):
 
     def _rates_between(self, first, last) -> list:
         "Rates that grow by equal factors from layer to layer up to the head; with one end, at the groups' scale."
-        scales = [math.log(g['lr_scale']) for g in self.opt.param_groups]
-        lowest = min(scales)
+        scales = [g['lr_scale'] for g in self.opt.param_groups]
         if first is None:
-            return [last * g['lr_scale'] for g in self.opt.param_groups]
-        if lowest == 0:
+            return [last * scale for scale in scales]
+        if min(scales) == 1:
             raise UsageError(f'slice({first}, {last}) needs layers with rates of their own, and all groups here have '
                              'the same: give one number, or a recipe with layer_decay below 1')
-        return [last * (first / last) ** (scale / lowest) for scale in scales]
+        shares = [math.log(scale) / math.log(min(scales)) for scale in scales]   # 1 at the lowest layer, 0 at the head
+        return [last * (first / last) ** share for share in shares]
 
 def _is_number(v) -> bool:
     return not isinstance(v, str) and not hasattr(v, '__len__')
@@ -159,8 +158,7 @@ def check_opt_func(
         make = make.func
     own = getattr(make, '__module__', '') == Optimizer.__module__ and make is not OptimWrapper
     if own and not isinstance(make, partial):
-        name = getattr(make, '__name__', make)
-        raise UsageError(f"`opt_func` takes an optimizer of torch, and {name} is fastai's own, "
+        raise UsageError(f"`opt_func` takes an optimizer of torch, and {getattr(make, '__name__', make)} is fastai's own, "
                          'whose bad steps cannot be skipped: use opt_func=torch.optim.AdamW or another class of torch')
 
 # %% ../../nbs/training/03_optim.ipynb #9f6ce067

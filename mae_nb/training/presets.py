@@ -8,6 +8,7 @@ __all__ = ['RECIPES', 'DEFAULT_MODELS', 'show_recipe', 'default_model', 'default
 
 # %% ../../nbs/training/02_presets.ipynb #cdea7b5a
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ RECIPES['pretrain_cifar10'] = _small_pretrain(12)
 RECIPES['pretrain_small'] = PretrainRecipe(epochs=200, warmup_epochs=20, batch_size=64, base_lr=1.5e-3)
 RECIPES['finetune_small'] = FinetuneRecipe(epochs=60, batch_size=32, base_lr=4e-3, mixup=0., cutmix=0., erase=0.)
 RECIPES['scratch_small'] = ScratchRecipe(epochs=200, batch_size=64, base_lr=2e-3, weight_decay=.05, ema=0.)
+RECIPES['demo_fashion'] = replace(_small_pretrain(16), batch_size=64, crop_scale=(.6, 1.))
+RECIPES['demo_cifar10'] = replace(_small_pretrain(8), batch_size=64, crop_scale=(.6, 1.))
 for _data in ('fashion', 'cifar10'):
     RECIPES[f'finetune_{_data}'] = FinetuneRecipe(base_lr=1e-2, **_SMALL_TUNE)
     RECIPES[f'scratch_{_data}'] = FinetuneRecipe(base_lr=5e-3, layer_decay=1., **_SMALL_TUNE)

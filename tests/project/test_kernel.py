@@ -10,14 +10,15 @@ NOTEBOOKS = [
     'nbs/model/01_patches.ipynb',
     'tutorials/01_pretrain_and_probe.ipynb',
     'tutorials/02_finetune_and_probe.ipynb',
-    'tutorials/03_imagenet_at_scale.ipynb']
+    'tutorials/03_imagenet_at_scale.ipynb',
+    'tutorials/04_demo_search.ipynb']
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_in_a_kernel(notebook, tmp_path):
     "An error in a cell fails the test."
     nb = nbformat.read(ROOT/notebook, 4)
-    for file in (ROOT/notebook).parent.glob('*.json'):   # what the notebook reads
+    for file in (ROOT/notebook).parent.glob('*.[jc]s*'):   # the JSON and CSV files that notebooks read
         shutil.copy(file, tmp_path)
     resources = dict(metadata=dict(path=str(tmp_path)))
     NotebookClient(nb, timeout=1200, kernel_name='python3', resources=resources).execute()

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from mae_nb.base.errors import MissingPackage
 from mae_nb.data.datasets import load_source
 from mae_nb.data.loader import get_dls
+from mae_nb.model.costs import known_flops
 from mae_nb.tasks.colours import ColourViews
 from mae_nb.tasks.rivals import RIVALS, rival_learner, rival_model, rival_recipe
 from mae_nb.tasks.view_rivals import DINO, contrast, half_cosine
-from mae_nb.training.engine import known_flops
 from mae_nb.training.runs import make_run
 from mae_nb.training.state import newest_checkpoint, same_bits
 

@@ -1,0 +1,55 @@
+"An interrupted demo resumes and ends with the table that it would have had."
+import pytest
+
+from mae_nb.data.datasets import SOURCES, load_source
+from mae_nb.tasks import demo as room
+from mae_nb.tasks.demo import DEMOS, DemoPlan, demo
+from mae_nb.tasks.features import Readout
+from mae_nb.training.presets import RECIPES
+from mae_nb.training.recipes import override
+
+
+@pytest.fixture
+def small(monkeypatch):
+    train, test = (images.shots(k) for images, k in zip(load_source('fashion'), (20, 10)))
+    monkeypatch.setitem(SOURCES, 'fashion', lambda: (train, test))
+    monkeypatch.setitem(DEMOS, 'fashion', DemoPlan(Readout((-1,), 2), {5: 2, 20: 1}, (5,)))
+    for name in ('demo_fashion', 'scratch_fashion', 'finetune_fashion'):
+        short = override(RECIPES[name], dict(epochs=2, warmup_epochs=.1, batch_size=25))
+        monkeypatch.setitem(RECIPES, name, short)
+
+
+def test_an_interrupted_demo_resumes_and_gives_the_same_table(small, tmp_path, monkeypatch, capsys):
+    whole = demo('fashion', out=tmp_path/'whole')
+    with monkeypatch.context() as patch:
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+        patch.setattr(room, '_train_part', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo('fashion', out=tmp_path/'part')
+    capsys.readouterr()
+    resumed = demo('fashion', resume=tmp_path/'part')
+    assert 'resumes at epoch' in capsys.readouterr().out
+    assert (whole['resumed'], resumed['resumed']) == (False, True)
+    assert resumed['table'] == whole['table']
+
+
+def test_several_seeds_make_one_table(small, tmp_path):
+    both = demo('fashion', seed=1, seeds=2, out=tmp_path/'both')
+    second = demo('fashion', seed=2, out=tmp_path/'second')
+    assert {entry['seed'] for entry in both['table']} == {1, 2}
+    assert [entry for entry in both['table'] if entry['seed'] == 2] == second['table']
+
+
+def test_every_row_of_a_probe_reads_the_same_images_with_the_same_choice_of_penalties(small, tmp_path, monkeypatch):
+    calls = []
+    probe = room.linear_probe
+
+    def spy(train, labels, test, test_labels, penalties, tune_on, seed, folds, standardise, tick):
+        calls.append((tuple(labels), penalties, tune_on, seed, folds))
+        return probe(train, labels, test, test_labels, penalties, tune_on, seed, folds, standardise, tick)
+
+    monkeypatch.setattr(room, 'linear_probe', spy)
+    demo('fashion', out=tmp_path/'run')
+    a_row = len(calls) // 3
+    assert a_row == 3 and calls[:a_row] == calls[a_row:2 * a_row] == calls[2 * a_row:]
