@@ -54,7 +54,7 @@ def _folds(labels:int) -> int:
     "Fifths of the labelled images that are held out in turn to choose a penalty: all of them where there are few."
     return 5 if labels <= 50 else 1
 
-# %% ../../nbs/tasks/06_demo.ipynb #608e8813
+# %% ../../nbs/tasks/06_demo.ipynb #3af8ebb2
 def compare_features(
     train,            # an `ImageSet`, labelled
     test,             # an `ImageSet`, labelled
