@@ -158,7 +158,7 @@ def check_opt_func(
         make = make.func
     own = getattr(make, '__module__', '') == Optimizer.__module__ and make is not OptimWrapper
     if own and not isinstance(make, partial):
-        raise UsageError(f"`opt_func` takes an optimizer of torch, and {getattr(make, '__name__', make)} is fastai's own, "
+        raise UsageError(f"`opt_func` takes torch's optimizers, and {getattr(make, '__name__', make)} is fastai's own, "
                          'whose bad steps cannot be skipped: use opt_func=torch.optim.AdamW or another class of torch')
 
 # %% ../../nbs/training/03_optim.ipynb #9f6ce067
