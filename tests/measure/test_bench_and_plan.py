@@ -115,7 +115,7 @@ def test_the_switches_script_works(tmp_path, capsys):
     assert '| plain |' in capsys.readouterr().out
 
 def test_the_gpu_script_works_on_a_cpu(tmp_path, capsys):
-    from bench import gpu
+    from bench.gpu import step as gpu
     file, words = tmp_path/'result.json', ['--models', 'nano', '--device', 'cpu', '--turns', '1', '--steps', '1']
     gpu.main([*words, '--json', str(file), '--table', str(tmp_path/'table.md')])
     result = json.loads(file.read_text())
@@ -128,7 +128,7 @@ def test_the_gpu_script_works_on_a_cpu(tmp_path, capsys):
     assert '| nano | bf16 |' in (tmp_path/'table.md').read_text()
 
 def test_the_gpu_script_lists_what_it_had_no_time_for(tmp_path, capsys):
-    from bench import gpu
+    from bench.gpu import step as gpu
     file = tmp_path/'result.json'
     gpu.main(['--models', 'nano', '--device', 'cpu', '--turns', '1', '--steps', '1', '--budget', '0',
               '--json', str(file)])
