@@ -1,4 +1,4 @@
-"""The GPU's script runs on a CPU, too, so that it is ready when there is a GPU; its results make the chapter's table."""
+"""The GPU's script runs on a CPU, too, and so stays ready; its results make the chapter's table."""
 import json
 import os
 import subprocess
