@@ -154,8 +154,8 @@ def machine(
     on_gpu = device.type == 'cuda'
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
     rate = matmul_rate(device, dtype, 8192 if on_gpu else 1024)
-    versions = {p: version(p) for p in ('torch', *packages)}
-    versions |= dict(mae_nb=__version__, python=platform.python_version())
+    versions = dict(torch=version('torch'), mae_nb=__version__) | {p: version(p) for p in packages}
+    versions['python'] = platform.python_version()
     return dict(device=str(device), device_name=name, cores=os.cpu_count(), threads=torch.get_num_threads(),
                 matmul_gflops=rate / 1e9, versions=versions)
 
