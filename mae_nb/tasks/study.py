@@ -257,6 +257,7 @@ def resolve_study(
     options.check()
     return options.resolved()
 
+# %% ../../nbs/tasks/18_study.ipynb #c11a20d3
 def run_study(
     options:StudyOptions,   # what the study is made from; without `out` it gets a new folder
     plan_only:bool=False,   # report what it will cost, and stop
