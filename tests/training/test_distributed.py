@@ -197,7 +197,8 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     (_, a, config), (_, b, same) = (newest_checkpoint(folder/'checkpoints') for folder in (run, once))
     assert config['run']['step'] == same['run']['step'] == 37 and a.keys() == b.keys()
     for name in [name for name in a if not name.startswith('table.')]:   # tables are compared below
-        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f'{name}: {text}')
+        first, second = a[name], b[name]
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f'{name}: {text}')
     assert_same_metrics(run, once, 1e-9)
     a, b = (load_file(folder/'model.safetensors') for folder in (run, once))
     assert a.keys() == b.keys() and all(torch.allclose(v, b[k], rtol=1e-9, atol=1e-9) for k, v in a.items())
