@@ -84,7 +84,7 @@ PAIRS = [(PretrainOptions, commands.mae_pretrain), (FinetuneOptions, commands.ma
 @pytest.mark.parametrize('kind, command', PAIRS)
 def test_options_and_flags_agree(kind, command):
     "Every flag but debug is a field with the same default; what a subclass adds has the flag's help."
-    helps, flags = docments(RunOptions) | docments(kind), docments(command, full=True)
+    helps, flags = docments(kind) | docments(RunOptions), docments(command, full=True)
     known = {f.name: f for f in fields(kind)}
     for name, flag in flags.items():
         if name in ('debug', 'return'):
