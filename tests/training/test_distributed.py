@@ -117,8 +117,11 @@ def alone(tmp_path_factory):
     "What one process makes of each task."
     return results(spread(1, lambda: {t: trained(t) for t in TASKS}, tmp_path_factory.mktemp('alone')))[0]
 
-@pytest.mark.parametrize('n', [2, 4])
-@pytest.mark.parametrize('parallel', PARALLEL)
+@pytest.mark.parametrize('n, parallel', [
+    *[(2, parallel) for parallel in PARALLEL],
+    (4, 'fsdp'),
+    pytest.param(4, 'ddp', marks=pytest.mark.slow),
+])
 def test_many_processes_train_what_one_does(alone, tmp_path, n, parallel):
     "Float64, 20 steps of two batches, to 1e-9: weights and, on 51 samples, metrics; gradients travel once a step."
     for got in results(spread(n, lambda: {t: trained(t, parallel=parallel) for t in TASKS}, tmp_path)):
