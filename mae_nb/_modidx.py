@@ -1517,6 +1517,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'mae_nb/training/checkpoints.py'),
                                              'mae_nb.training.checkpoints.Watch.waits_for': ( 'training/checkpoints.html#watch.waits_for',
                                                                                               'mae_nb/training/checkpoints.py'),
+                                             'mae_nb.training.checkpoints._process_state': ( 'training/checkpoints.html#_process_state',
+                                                                                             'mae_nb/training/checkpoints.py'),
                                              'mae_nb.training.checkpoints.end_workers': ( 'training/checkpoints.html#end_workers',
                                                                                           'mae_nb/training/checkpoints.py'),
                                              'mae_nb.training.checkpoints.waited_worker': ( 'training/checkpoints.html#waited_worker',

@@ -340,7 +340,7 @@ def mae_demo(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a small masked autoencoder, show what it sees, and measure what it has learned."
-    with command(mae_demo, debug, epochs=epochs, seed=seed, num_workers=num_workers) as run:
+    with command(mae_demo, debug, epochs=epochs, seed=seed, seeds=seeds, num_workers=num_workers) as run:
         from mae_nb.tasks.demo import demo, demo_folder
         run.out = resume or out or demo_folder(data)
         return demo(data, epochs=epochs, seed=seed, seeds=seeds, out=None if resume else run.out,

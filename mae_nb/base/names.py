@@ -34,8 +34,9 @@ RANGES = {       # a flag or parameter -> smallest, largest, whole numbers only
     'bs': (1, _HUGE, True), 'save_every': (1, _HUGE, True), 'keep': (1, _HUGE, True), 'valid_every': (1, _HUGE, True),
     'seed': (-2**63, 2**64 - 1, True), 'num_workers': (0, 4096, True), 'img_size': (1, 65_536, True),
     'steps': (1, _HUGE, True), 'pairs': (1, _HUGE, True), 'gpus': (1, 1_000_000, True), 'few': (0, _HUGE, True),
-    'max_side': (1, 65_536, True), 'quality': (1, 100, True), 'per_shard': (1, _HUGE, True),
-    'in_chans': (1, 4096, True), 'blocks': (0, 4096, False), 'price': (0, _HUGE, False),
+    'seeds': (1, 1_000_000, True), 'labels': (0, _HUGE, True), 'minutes': (1e-9, _HUGE, False),
+    'jobs': (1, 4096, True), 'max_side': (1, 65_536, True), 'quality': (1, 100, True),
+    'per_shard': (1, _HUGE, True), 'in_chans': (1, 4096, True), 'blocks': (0, 4096, False), 'price': (0, _HUGE, False),
     'memory': (1e-3, _HUGE, False), 'mask_ratio': (1e-9, 1 - 1e-9, False),
 }
 

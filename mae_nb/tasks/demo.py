@@ -17,7 +17,7 @@ from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.files import save_figure
 from ..base.keyed import seeded
-from ..base.names import pick
+from ..base.names import check_ranges, pick
 from ..base.settings import setting
 from ..data.datasets import load_source
 from ..model.mae import create_mae
@@ -167,8 +167,7 @@ def demo(
 ) -> dict:                    # `table`: an entry for each row, number of labels and seed; and what was run
     "Pretrain a small masked autoencoder, show its reconstructions, and measure what it has learned."
     start, data = time.time(), _demo_data(data)
-    if seeds < 1:
-        raise UsageError(f'`seeds` must be at least 1, got {seeds}')
+    check_ranges(seeds=seeds)
     get_device(device)   # a wrong one is an error before the images are read
     if resume and out:
         raise UsageError('`out` has no meaning with `resume`, which names the run folder: leave one of them out')

@@ -63,12 +63,8 @@ class StudyOptions(RunOptions):
     def check(self):
         "Raise a clear error for an option that no study can use."
         find_study(self.study, self.set)   # an unknown one is an error
-        for name, least in (('seeds', 1), ('jobs', 1), ('labels', 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f'`{name}` must be {least} or more, got {getattr(self, name)}')
-        if self.minutes is not None and (self.epochs is not None or not self.minutes > 0):
-            raise UsageError('`minutes` must be above 0' if self.epochs is None else
-                             '`minutes` makes the time equal and `epochs` the epochs: give one of them')
+        if self.minutes is not None and self.epochs is not None:
+            raise UsageError('`minutes` makes the time equal and `epochs` the epochs: give one of them')
         pick(self.readout, READOUTS, 'readout')
         self.tuning_recipe(None)
         list(map(float_of, self.tried_rates))   # no number is an error

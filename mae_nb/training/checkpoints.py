@@ -272,17 +272,24 @@ class Watch(Callback):
 def waited_worker(
     loader,     # a `Loader` that is waited for
 ) -> str:
-    "The worker that the next batch comes from, and what it does."
+    "The worker that holds up the next batch, and what it does."
     it = getattr(loader.dl, '_iterator', None)
     workers = getattr(it, '_workers', [])
     if not workers:
         return f'images of {loader.dataset.images.name}, which this process reads itself'
-    task = it._task_info.get(it._rcvd_idx, (0,))
-    pid, state = workers[task[0]].pid, ''
-    with suppress(OSError, IndexError):   # Linux only
+    number = it._task_info.get(it._rcvd_idx, (0,))[0]   # of the worker whose batch is the next
+    states = [_process_state(worker.pid) for worker in workers]
+    if not states[number] and 'stopped' in states:   # all share a queue, which a stopped one can hold
+        number = states.index('stopped')
+    process = ', '.join(filter(None, (f'process {workers[number].pid}', states[number])))
+    return f"the loader's worker {number} ({process}), which reads {loader.dataset.images.name}"
+
+def _process_state(pid:int) -> str:
+    "Why a process stands still; empty if it does not, or where this is not Linux."
+    with suppress(OSError, IndexError):
         letter = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
-        state = dict(T=', stopped', D=', waiting for a disk', Z=', dead').get(letter, '')
-    return f"the loader's worker {task[0]} (process {pid}{state}), which reads {loader.dataset.images.name}"
+        return dict(T='stopped', D='waiting for a disk', Z='dead').get(letter, '')
+    return ''
 
 def end_workers(
     loaders:list,  # `Loader`s; those that are used again start new workers

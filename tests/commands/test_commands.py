@@ -155,10 +155,10 @@ def test_messages_name_flags(forked, tmp_path):
     got = forked('mae-probe', 'knn', 'fashion', 'run', '--max-steps', '3')
     assert got.code == 2 and '--max-steps has no meaning for this probe' in got.line, got
     got = forked('mae-probe', 'linear', 'fashion', 'run', '--recipe', 'knn')
-    assert got.code == 2 and '--recipe knn is a KnnRecipe, the linear probe needs a LinearRecipe' in got.line, got
+    assert got.code == 2 and '--recipe knn is for knn, not for linear: use one of linear, ' in got.line, got
 
 def test_a_damaged_file_of_ours_is_no_wrong_argument(forked, tmp_path):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'config.json').write_text('{"task": ')
     got = forked('mae-pretrain', '--resume', 'run')
-    assert got.code == 1 and 'config.json is not JSON' in got.line, got
+    assert got.code == 1 and 'run/config.json is damaged: it is not JSON' in got.line, got

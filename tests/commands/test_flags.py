@@ -20,6 +20,7 @@ NEEDED = {   # words that a command cannot do without
     'mae_pretrain': ['fashion'], 'mae_finetune': ['fashion', '--from-scratch'],
     'mae_probe': ['partial', 'fashion', 'w'],
     'mae_show': ['w', 'one.jpg'], 'mae_convert': ['w', 'to'], 'mae_pack': ['photos', 'to'], 'mae_check': ['fashion'],
+    'mae_study': ['mask-ratio', '--data', 'fashion'],
     'mae_bench': ['step'], 'mae_plan': ['partial'], 'mae_replay': ['step'], 'mae_demo': [],
 }
 

@@ -33,7 +33,7 @@ def test_a_benchmark_writes_its_numbers(forked, tmp_path, words, fields):
     (('mae-bench', 'step', '--against', 'timm'), 'timm has no masked autoencoder'),
     (('mae-bench', 'save', '--against', 'timm'), '--against has no meaning for save'),
     (('mae-bench', 'step', '--bs', '0'), '--bs must be a whole number, at least 1'),
-    (('mae-bench', 'step', '--pairs', '0'), 'at least one turn'),
+    (('mae-bench', 'step', '--pairs', '0'), '--pairs must be a whole number, at least 1'),
     (('mae-bench', 'step', '--set', 'compile=all'), 'compile must be one of none, blocks, whole, graphs'),
     (('mae-bench', 'step', '--set', 'compile=graphs'), 'needs a GPU'),
     (('mae-bench', 'step', '--set', 'fp8=True'), 'fp8 needs a GPU of compute capability 8.9'),

@@ -9,7 +9,7 @@ from fastcore.docments import docments
 
 from mae_nb import commands
 from mae_nb.tasks.finetune import FinetuneOptions
-from mae_nb.tasks.pretrain import pretrain_setup
+from mae_nb.tasks.pretrain import PretrainOptions, pretrain_setup
 from mae_nb.tasks.probes import ProbeOptions
 from mae_nb.tasks.replay import replay
 from mae_nb.training.runs import RunOptions, begun_options, make_run, read_options
@@ -78,18 +78,18 @@ def test_a_run_s_config_holds_its_options(tmp_path):
     run = make_run(tmp_path/'run', dict(task='finetune', options=options.as_config()))
     assert begun_options(run, FinetuneOptions) == options
 
-PAIRS = [(RunOptions, commands.mae_pretrain), (FinetuneOptions, commands.mae_finetune),
+PAIRS = [(PretrainOptions, commands.mae_pretrain), (FinetuneOptions, commands.mae_finetune),
          (ProbeOptions, commands.mae_probe)]
 
 @pytest.mark.parametrize('kind, command', PAIRS)
 def test_options_and_flags_agree(kind, command):
     "Every flag but debug is a field with the same default; what a subclass adds has the flag's help."
-    helps, flags = docments(kind), docments(command, full=True)
+    helps, flags = docments(kind) | docments(RunOptions), docments(command, full=True)
     known = {f.name: f for f in fields(kind)}
     for name, flag in flags.items():
         if name in ('debug', 'return'):
             continue
         default = () if name == 'set' else flag.default
         assert name in known and known[name].default == default, name
-        if kind is RunOptions or name not in {f.name for f in fields(RunOptions)}:
+        if kind is PretrainOptions or name not in {f.name for f in fields(RunOptions)}:
             assert helps[name] == flag.docment, name

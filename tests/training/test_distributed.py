@@ -117,8 +117,11 @@ def alone(tmp_path_factory):
     "What one process makes of each task."
     return results(spread(1, lambda: {t: trained(t) for t in TASKS}, tmp_path_factory.mktemp('alone')))[0]
 
-@pytest.mark.parametrize('n', [2, 4])
-@pytest.mark.parametrize('parallel', PARALLEL)
+@pytest.mark.parametrize('n, parallel', [
+    *[(2, parallel) for parallel in PARALLEL],
+    (4, 'fsdp'),
+    pytest.param(4, 'ddp', marks=pytest.mark.slow),
+])
 def test_many_processes_train_what_one_does(alone, tmp_path, n, parallel):
     "Float64, 20 steps of two batches, to 1e-9: weights and, on 51 samples, metrics; gradients travel once a step."
     for got in results(spread(n, lambda: {t: trained(t, parallel=parallel) for t in TASKS}, tmp_path)):
@@ -196,8 +199,9 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     results(spread(1, lambda: go_on(once, None, 'ddp'), tmp_path/'say'))
     (_, a, config), (_, b, same) = (newest_checkpoint(folder/'checkpoints') for folder in (run, once))
     assert config['run']['step'] == same['run']['step'] == 37 and a.keys() == b.keys()
-    for name, t in a.items():
-        torch.testing.assert_close(t, b[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f'{name}: {text}')
+    for name in [name for name in a if not name.startswith('table.')]:   # tables are compared below
+        first, second = a[name], b[name]
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f'{name}: {text}')
     assert_same_metrics(run, once, 1e-9)
     a, b = (load_file(folder/'model.safetensors') for folder in (run, once))
     assert a.keys() == b.keys() and all(torch.allclose(v, b[k], rtol=1e-9, atol=1e-9) for k, v in a.items())

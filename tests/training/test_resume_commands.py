@@ -108,7 +108,8 @@ REFUSED = [
     ('mae-pretrain', (*WORDS, '--resume', 'auto'), '--resume auto needs --out'),
     ('mae-pretrain', (*WORDS, '--out', 'run'), 'run exists already and is not empty'),
     ('mae-finetune', ('--resume', 'run'), 'run was made by mae-pretrain: resume it with that command'),
-    ('mae-probe', ('linear', 'fashion', 'run', '--num-workers', '0', *AUTO), 'run was started with task = '),
+    ('mae-probe', ('linear', 'fashion', 'run', '--num-workers', '0', *AUTO),
+     'run was made by mae-pretrain: resume it with that command'),
 ]
 
 def test_a_run_goes_on_as_the_run_it_is(pretrain, undisturbed, tmp_path):

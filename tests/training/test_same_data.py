@@ -4,24 +4,35 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from support import begin_command
 from tiny_runs import WORDS  # noqa: F401  imports what forks would import again
 
 TINY = ('--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'warmup_epochs=0', '--num-workers', '0',
         '--bs', '10')
 
-@pytest.fixture
-def stopped(forked, tmp_path):
-    "A pretraining on 40 photos in three classes and a validation set that was ended after two of its steps."
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder with 40 photos in three classes, a validation set, and a run; and next to it a copy, as it was."
+    place, rng = tmp_path_factory.mktemp('data')/'here', np.random.default_rng(0)
     for i in range(46):
         part, name = ('train', ('ant', 'bee', 'cat')[i % 3]) if i < 40 else ('val', 'ant')
-        file = tmp_path/'photos'/part/name/f'{i}.png'
+        file = place/'photos'/part/name/f'{i}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
-    got = forked('mae-pretrain', 'photos', *TINY, '--epochs', '2', '--out', 'run')
+    got = begin_command(place, 'mae-pretrain', 'photos', *TINY, '--epochs', '2', '--out', 'run')[1]()
     assert got.code == 0, got.err
-    for file in ('fit-1.done',):
-        (tmp_path/'run'/'checkpoints'/file).unlink()
+    (place/'run'/'checkpoints'/'fit-1.done').unlink()   # ended behind its last checkpoint
+    shutil.copytree(place, place.parent/'kept')
+    return place
+
+@pytest.fixture
+def tmp_path(place):
+    "The same folder for all tests here, each time as it was: a run knows where its data is."
+    shutil.rmtree(place)
+    return shutil.copytree(place.parent/'kept', place)
+
+@pytest.fixture
+def stopped(tmp_path):
     return tmp_path/'photos'
 
 def replace(photos): (photos/'train'/'ant'/'0.png').write_bytes((photos/'train'/'bee'/'1.png').read_bytes() + b'x')

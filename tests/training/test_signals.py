@@ -37,7 +37,10 @@ def workers_of(pid):
 
 def steps(folder): return sorted(int(f.name.split('-')[1]) for f in (folder/'checkpoints').glob('*.safetensors'))
 
-@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('signum, code', [
+    (signal.SIGTERM, 143),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),   # as in tests/commands/test_commands.py
+])
 def test_a_signal_to_the_process_group_saves_the_step(started, tmp_path, signum, code):
     run, log = started
     os.killpg(run.pid, signum)
@@ -63,7 +66,7 @@ def test_a_stopped_worker_is_named_and_not_waited_for(started, tmp_path):
         os.kill(worker, 0)
 
 def test_an_output_that_nobody_reads_ends_no_run(photos, tmp_path):
-    command = [BIN/'mae-pretrain', 'photos', *TINY[:-1], '3', '--num-workers', '0', '--out', 'run']
+    command = [BIN/'mae-pretrain', 'photos', *TINY[:-1], '1', '--num-workers', '0', '--out', 'run']
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run.stdout.readline()
     run.stdout.close()

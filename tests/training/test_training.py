@@ -264,7 +264,7 @@ REFUSED = [
     (('mae-finetune', 'pets'), 'name either the weights to start from or --from-scratch'),
     (('mae-probe', 'liner', 'pets', 'scratch'), "did you mean 'linear'"),
     (('mae-probe', 'partial', 'pets', 'scratch', '--blocks', '7', '--bs', '4'),
-     'blocks must be 0, 0.5 or a whole number up to 3'),
+     "blocks must be 0, 0.5, a whole number up to 3, or 'all', got 7"),
     (('mae-probe', 'linear', 'pets', 'nowhere.safetensors'), 'nowhere.safetensors'),
     (('mae-finetune', 'pets', 'scratch', '--bs', '3'), 'use an even --bs'),
     (('mae-finetune', 'pets', 'scratch', '--bs', '40'), 'use --bs 8 or less'),

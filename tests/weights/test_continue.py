@@ -8,16 +8,19 @@ from mae_nb.weights.building import load_classifier, load_mae
 from mae_nb.weights.loading import save_model
 
 SHORT = '--max-steps', '1', '--bs', '20', '--num-workers', '0', '--set', 'amp=False'
+STILL = '--set', 'base_lr=1e-12'   # a step that moves weights by less than 1e-9
 MODEL = 'mae_vit_nano_patch4_32'
 DATA = dict(name='photos', mean=[.5] * 3, std=[.3] * 3)
+
+def near(a, b): return torch.allclose(a, b, rtol=0, atol=1e-9)
 
 def test_pretraining_begins_with_weights_and_resumes_without_them(forked, tmp_path, photos):
     first = forked('mae-pretrain', 'photos', '--model', MODEL, *SHORT, '--out', 'first')
     assert first.code == 0, first.err
-    again = forked('mae-pretrain', 'photos', '--init', 'first', *SHORT, '--set', 'base_lr=0', '--out', 'again')
+    again = forked('mae-pretrain', 'photos', '--init', 'first', *SHORT, *STILL, '--seed', '1', '--out', 'again')
     assert again.code == 0 and 'tensors loaded' in again.out, again
     before, after = (load_mae(tmp_path/name).state_dict() for name in ('first', 'again'))
-    assert all(torch.equal(before[k], after[k]) for k in before)    # a step at rate 0 changes nothing
+    assert all(near(before[k], after[k]) for k in before)
     shutil.rmtree(tmp_path/'first')
     resumed = forked('mae-pretrain', '--resume', 'again')
     assert resumed.code == 0, resumed.err
@@ -32,7 +35,7 @@ def test_a_head_is_kept_where_the_classes_are_the_same(forked, tmp_path, photos)
     for classes, words in ((['even', 'odd'], 'is kept: the 2 classes are the same'),
                            (['odd', 'even'], 'is dropped, and a new one is trained: its classes are others')):
         save_model(trained, tmp_path/'trained.safetensors', DATA | dict(classes=classes))
-        run = forked('mae-finetune', 'photos', 'trained.safetensors', *SHORT, '--set', 'base_lr=0', '--out', words[3:7])
+        run = forked('mae-finetune', 'photos', 'trained.safetensors', *SHORT, *STILL, '--out', words[3:7])
         assert run.code == 0 and words in run.out, run
         head = load_classifier(tmp_path/words[3:7]).head.weight
-        assert torch.equal(head, trained.head.weight) == ('kept' in words)
+        assert near(head, trained.head.weight) == ('kept' in words)
