@@ -288,12 +288,18 @@ def _checked_columns(file:Path, f) -> set[str]:
     if others and 'label' not in columns:
         raise UsageError(f'{file} has no column label, but {", ".join(others)}: rename the labels to label, '
                          'or remove the column for a set without labels')
-    if f.metadata.num_rows and not any(_has_bytes(f.metadata.row_group(g)) for g in range(f.num_row_groups)):
+    if f.metadata.num_rows and not _has_bytes(f):
         raise UsageError(f'{file} holds the paths of images and not their bytes: write it again with the images '
                          'inside, in `datasets` by embed_table_storage')
     return columns
 
-def _has_bytes(group) -> bool:
+def _has_bytes(f) -> bool:
+    "Whether a parquet file may hold the bytes of an image."
+    if str(f.schema_arrow.field('image').type.field('bytes').type) == 'null':   # pyarrow's type of a column of None
+        return False
+    return any(_group_has_bytes(f.metadata.row_group(g)) for g in range(f.num_row_groups))
+
+def _group_has_bytes(group) -> bool:
     "Whether a row group may hold the bytes of an image; true where its statistics do not say."
     columns = [group.column(i) for i in range(group.num_columns)]
     column = next(c for c in columns if c.path_in_schema == 'image.bytes')

@@ -83,7 +83,7 @@ def _size(encoders:dict) -> tuple:
 
 def _probe_row(row:str, features:list, train, test, plan:DemoPlan, seed:int, tick:Callable) -> list[dict]:
     "All probes of one row."
-    numbered, results = replace(train, items=np.arange(len(train))), []
+    numbered, results = replace(train, items=list(range(len(train)))), []   # numbers in place of the images
     for labels, draws in plan.draws.items():
         for draw in range(seed, seed + draws):
             ids = numbered.shots(labels, draw).items

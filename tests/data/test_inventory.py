@@ -284,7 +284,7 @@ def test_a_worker_that_is_started_anew_maps_the_names(tmp_path):
     paths = Paths('/data', Names(f'{i}.jpg' for i in range(5)))[[4, 0, 2]]
     images = ImageSet('made', paths, [1, 0, 1], ['a', 'b'])
     loader = DataLoader(NamesOf(images), batch_size=None, num_workers=1, multiprocessing_context='spawn')
-    rows = list(loader)
+    rows = [tuple(row) for row in loader]
     assert [row[:2] for row in rows] == [('/data/4.jpg', 1), ('/data/0.jpg', 0), ('/data/2.jpg', 1)]
     assert len(pickle.dumps(images)) < 2000
 

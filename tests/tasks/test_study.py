@@ -148,7 +148,7 @@ def test_other_methods_are_measured_alike(toy, untimed, tmp_path, monkeypatch):
 def test_a_method_that_lacks_a_package_is_an_error_before_anything_is_trained(toy, tmp_path, monkeypatch):
     rivals_with(monkeypatch, lambda *_, **__: require('no_such_package', 'rivals'))
     with pytest.raises(UsageError, match='point moco of methods: no_such_package is not installed: '
-                                         'pip install "mae_nb.rivals."'):
+                                         'in the folder of mae_nb, pip install -e "..rivals."'):
         run_study(options(tmp_path, 'methods', points='moco'))
     assert not (tmp_path/'study').exists()
 
