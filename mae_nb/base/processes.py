@@ -9,6 +9,7 @@ __all__ = ['processes', 'rank', 'print_once', 'process_group', 'broadcast_value'
 # %% ../../nbs/base/06_processes.ipynb #a0cc29b8
 import os
 import signal
+import threading
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,9 +63,12 @@ def _join():
             raise UsageError(f'this machine has {gpus} GPUs and no one for process {local}: '
                              f'start torchrun with --nproc-per-node {gpus}')
         torch.cuda.set_device(local)
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)   # ours could not answer while this process waits
+    handled = threading.current_thread() is threading.main_thread()   # only there can a handler be set
+    if handled:
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)   # ours could not answer while this process waits
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', **_store())
-    signal.signal(signal.SIGTERM, handler)
+    if handled:
+        signal.signal(signal.SIGTERM, handler)
 
 def _store() -> dict:
     "After a restart by torchrun, a part of its store for this attempt: the old one holds addresses of ended processes."
