@@ -218,8 +218,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mae_nb.data.archives._class_names': ('data/archives.html#_class_names', 'mae_nb/data/archives.py'),
                                       'mae_nb.data.archives._files_and_parts': ( 'data/archives.html#_files_and_parts',
                                                                                  'mae_nb/data/archives.py'),
-                                      'mae_nb.data.archives._group_has_bytes': ( 'data/archives.html#_group_has_bytes',
-                                                                                 'mae_nb/data/archives.py'),
                                       'mae_nb.data.archives._has_bytes': ('data/archives.html#_has_bytes', 'mae_nb/data/archives.py'),
                                       'mae_nb.data.archives._inner_members': ( 'data/archives.html#_inner_members',
                                                                                'mae_nb/data/archives.py'),

@@ -294,17 +294,13 @@ def _checked_columns(file:Path, f) -> set[str]:
     return columns
 
 def _has_bytes(f) -> bool:
-    "Whether a parquet file may hold the bytes of an image."
+    "Whether a parquet file may hold the bytes of an image; true where its statistics do not say."
     if str(f.schema_arrow.field('image').type.field('bytes').type) == 'null':   # pyarrow's type of a column of None
         return False
-    return any(_group_has_bytes(f.metadata.row_group(g)) for g in range(f.num_row_groups))
-
-def _group_has_bytes(group) -> bool:
-    "Whether a row group may hold the bytes of an image; true where its statistics do not say."
-    columns = [group.column(i) for i in range(group.num_columns)]
-    column = next(c for c in columns if c.path_in_schema == 'image.bytes')
-    known = column.statistics is not None and column.statistics.has_null_count
-    return not known or column.statistics.null_count < column.num_values
+    place = [f.schema.column(i).path for i in range(len(f.schema))].index('image.bytes')
+    groups = [f.metadata.row_group(g).column(place) for g in range(f.num_row_groups)]
+    known = [(c.statistics, c.num_values) for c in groups]
+    return any(s is None or not s.has_null_count or s.null_count < count for s, count in known)
 
 def _label_column(file:Path, column):
     "A file's labels: an array of numbers, or a list of texts."
@@ -347,9 +343,6 @@ def source_stamp(
         files = sorted({file for file, *_ in items.groups})
     if files is None:
         return None
-    digest = hashlib.sha256()
-    for file in files:
-        if os.path.exists(file):
-            found = os.stat(file)
-            digest.update(b'%d %d\n' % (found.st_size, found.st_mtime_ns))
-    return digest.hexdigest()
+    found = [os.stat(file) for file in files if os.path.exists(file)]
+    text = ''.join(f'{s.st_size} {s.st_mtime_ns}\n' for s in found)
+    return hashlib.sha256(text.encode()).hexdigest()
