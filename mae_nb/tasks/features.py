@@ -125,6 +125,7 @@ class LogisticFit:
     ):
         "Find the optimum of one penalty."
         from scipy.optimize import minimize
+        from threadpoolctl import threadpool_limits
         scale = (self.variance / 2 + penalty)**-.5
         x, ridge, n = self.rotated * scale, penalty * scale**2, len(self.rotated)
 
@@ -139,7 +140,8 @@ class LogisticFit:
 
         start = torch.cat([self.weight / scale, self.bias], dim=1).double().flatten().numpy()
         options = dict(maxiter=1000, maxfun=2000, gtol=self.tolerance, ftol=0.)
-        found = minimize(loss_and_slope, start, jac=True, method='L-BFGS-B', options=options)
+        with threadpool_limits(1, 'blas'):   # SciPy's threads and PyTorch's would wait for each other
+            found = minimize(loss_and_slope, start, jac=True, method='L-BFGS-B', options=options)
         weights = torch.from_numpy(found.x).float().view(len(self.bias), -1)
         self.weight, self.bias = weights[:, :-1] * scale, weights[:, -1:]
 
