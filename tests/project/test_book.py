@@ -6,7 +6,7 @@ import pytest
 from support import ROOT
 
 INTRODUCTION = ROOT/'nbs'/'course'/'00_introduction.ipynb'
-CHAPTERS = [*sorted((ROOT/'nbs').glob('*/[0-9]*.ipynb')), ROOT/'nbs'/'commands.ipynb']
+CHAPTERS = [*sorted((ROOT/'nbs').glob('*/[0-9]*.ipynb')), ROOT/'nbs'/'command_line.ipynb', ROOT/'nbs'/'commands.ipynb']
 TUTORIALS = sorted((ROOT/'tutorials').glob('*.ipynb'))
 SECTIONS = '## The idea', '## What it costs', '## Try it', '## What comes next'
 
@@ -47,6 +47,13 @@ def test_a_chapter_has_its_parts(file):
         text = prose(file)
         assert '**Where we are.**' in text
         assert [s for s in SECTIONS if s not in text] == []
+
+
+def test_a_page_with_code_shows_what_it_does():
+    "Reference pages, too, can be read without running them."
+    for file in [f for f in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts]:
+        code = [c for c in json.loads(file.read_text())['cells'] if c['cell_type'] == 'code']
+        assert not code or (pictures(file) and any(c['outputs'] for c in code)), name(file)
 
 
 @pytest.mark.parametrize('file', [f for f in CHAPTERS if f.parent.name == 'model'], ids=name)
