@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..base.errors import UsageError
 from ..base.names import pick
+from .paper import PAPER
 from ..training.presets import split_values
 from ..training.recipes import PretrainRecipe, describe_fields
 
@@ -63,12 +64,12 @@ class Study:
         values = self.paper.get(metric, {})
         return values.get(point.name if point.x is None else round(point.x, 4))
 
-def _over(places, **metrics) -> dict:
-    "The paper's numbers by metric and place on the axis; None where it has none."
-    tables = {}
-    for metric, values in metrics.items():
-        tables[metric] = {place: value for place, value in zip(places, values, strict=True) if value is not None}
-    return tables
+def _printed(source:str, places=None, **columns) -> dict:
+    "The paper's numbers by metric and place on the axis; the places have the order of the table's rows."
+    table = PAPER[source]
+    columns = columns or dict(finetune='fine-tuning', linear='linear probe')
+    return {metric: dict(zip(places or table.rows, table.column(column).values(), strict=True))
+            for metric, column in columns.items()}
 
 def _axis_of(field_name:str, values) -> Callable:
     "The function that makes the points of an axis along one field."
@@ -97,7 +98,7 @@ def _augmentations(size:dict) -> list[Point]:
     return [Point(name, set=(f'augment={name}', *crop)) for name, crop in crops.items()]
 
 def _samplings(size:dict) -> list[Point]:
-    kinds = (('random', .75), ('block', .5), ('block', .75), ('grid', .75))
+    kinds = PAPER['Table 1f'].rows
     return [Point(f'{mask} {ratio:.0%}', set=(f'mask={mask}', f'mask_ratio={ratio}')) for mask, ratio in kinds]
 
 def _mask_tokens(size:dict) -> list[Point]:
@@ -134,56 +135,48 @@ def _pairs(metric:str, *texts:str) -> tuple[Trend, ...]:
 STUDIES = {
     'mask-ratio': Study(
         'Mask ratio', 'share of patches removed', 'Figure 5',
-        _axis_of('mask_ratio', (.1, .2, .3, .4, .5, .6, .7, .75, .8, .9)),
-        _over((.1, .2, .3, .4, .5, .6, .7, .75, .8, .9),
-              finetune=(83.2, 83.4, 83.4, 84.7, 84.9, 85.0, 84.9, 84.9, 84.5, 83.0),
-              linear=(54.6, 58.9, 61.7, 67.0, 69.9, 71.8, 73.2, 73.5, 71.8, 66.1)),
+        _axis_of('mask_ratio', PAPER['Figure 5'].rows), _printed('Figure 5'),
         (*_pairs('finetune', '0.75 > 0.1', '0.75 > 0.9', '0.75 = 0.5'),
          *_pairs('linear', '0.75 > 0.1', '0.75 > 0.5', '0.75 > 0.9'))),
     'decoder-depth': Study(
-        'Decoder depth', 'blocks of the decoder', 'Table 1a', _axis_of('decoder_depth', (1, 2, 4, 8, 12)),
-        _over((1, 2, 4, 8, 12), finetune=(84.8, 84.9, 84.9, 84.9, 84.4), linear=(65.5, 70.0, 71.9, 73.5, 73.3)),
+        'Decoder depth', 'blocks of the decoder', 'Table 1a', _axis_of('decoder_depth', PAPER['Table 1a'].rows),
+        _printed('Table 1a'),
         (*_pairs('finetune', '8 = 1'), *_pairs('linear', '8 > 1', '8 > 2'))),
     'decoder-width': Study(
         'Decoder width', "width of the decoder / the encoder's", 'Table 1b', _widths,
-        _over(_WIDTHS, finetune=(84.9, 84.8, 84.9, 84.4, 84.3), linear=(69.1, 71.3, 73.5, 73.1, 73.1)),
+        _printed('Table 1b', _WIDTHS),
         (*_pairs('finetune', '0.5 = 0.125'), *_pairs('linear', '0.5 > 0.125', '0.5 > 0.25'))),
     'mask-token': Study(
         'Mask token', 'encoder', 'Table 1c', _mask_tokens,
-        _over(('with [M]', 'without [M]'), finetune=(84.2, 84.9), linear=(59.6, 73.5)),
+        _printed('Table 1c', ('with [M]', 'without [M]')),
         (*_pairs('finetune', 'without [M] > with [M]'), *_pairs('linear', 'without [M] > with [M]'))),
     'target': Study(
         'Reconstruction target', 'target', 'Table 1d', _targets,
-        _over(('pixels', 'norm_pixels', 'pca', 'tokens'),
-              finetune=(84.9, 85.4, 84.6, 85.3), linear=(73.5, 73.9, 72.3, 71.6)),
+        _printed('Table 1d'),
         (*_pairs('finetune', 'norm_pixels > pixels', 'norm_pixels > pca', 'norm_pixels = tokens'),
          *_pairs('linear', 'norm_pixels > tokens'))),
     'augmentation': Study(
         'Augmentation', 'augmentation', 'Table 1e', _augmentations,
-        _over(('none', 'fixed', 'random', 'jitter'),
-              finetune=(84.0, 84.7, 84.9, 84.3), linear=(65.7, 73.1, 73.5, 71.9)),
+        _printed('Table 1e'),
         (*_pairs('finetune', 'random > none', 'random > jitter'),
          *_pairs('linear', 'random > none', 'random > jitter'))),
     'sampling': Study(
         'Mask sampling', 'sampling', 'Table 1f', _samplings,
-        _over(('random 75%', 'block 50%', 'block 75%', 'grid 75%'),
-              finetune=(84.9, 83.9, 82.8, 84.0), linear=(73.5, 72.3, 63.9, 66.0)),
+        _printed('Table 1f', [f'{mask} {ratio:.0%}' for mask, ratio in PAPER['Table 1f'].rows]),
         (*_pairs('finetune', 'random 75% > block 75%', 'random 75% > grid 75%'),
          *_pairs('linear', 'random 75% > block 50%', 'random 75% > block 75%', 'random 75% > grid 75%'))),
     'schedule': Study(
         'Training schedule', "length of pretraining / the baseline's", 'Figure 7', _lengths,
-        _over(_LENGTHS, finetune=(82.3, 83.3, 84.3, 84.9, 85.1), linear=(57.3, 64.4, 69.7, 73.5, 75.1)),
+        _printed('Figure 7', _LENGTHS),
         (*_pairs('finetune', '1 > 0.125', '2 > 1'), *_pairs('linear', '1 > 0.125', '2 > 1'))),
     'partial': Study(
         'Partial fine-tuning', 'share of the blocks that learn', 'Figure 9', _partial,
-        _over([round(blocks / 24, 4) for blocks in (0, .5, 1, 2, 4, 6, 12, 18, 24)],
-              partial=(73.5, 79.1, 81.0, 83.1, 84.2, 84.4, 84.6, 84.7, 84.9)),
+        _printed('Figure 9', [round(blocks / 24, 4) for blocks in PAPER['Figure 9'].rows], partial='MAE'),
         _pairs('partial', '0.5 > 0', '1 > 0', '2 > 1'), ('partial',)),
     'methods': Study(
         'Methods', 'pretraining', 'Table 3, ViT-B', _methods,
-        _over(('mae', 'beit', 'moco', 'moco_v3', 'dino', 'supervised'),
-              finetune=(83.6, 83.2, 83.2, 83.2, 82.8, 82.3)),
-        _pairs('finetune', 'mae > beit', 'mae > moco', 'mae > moco_v3', 'mae > dino', 'mae > supervised')),
+        _printed('Table 3', ('supervised', 'dino', 'moco', 'beit', 'mae'), finetune='ViT-B'),
+        _pairs('finetune', 'mae > beit', 'mae > moco', 'mae > dino', 'mae > supervised')),
 }
 
 # %% ../../nbs/tasks/14_study_points.ipynb #8b97290e
