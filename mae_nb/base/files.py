@@ -142,7 +142,8 @@ def read_table(
 ) -> list[dict]:    # rows: column -> text
     "The rows of a CSV file; `BadFile` names a damaged one and the line."
     try:
-        rows = list(csv.reader(Path(file).read_text(encoding='utf-8').splitlines(), strict=True))
+        with open(file, encoding='utf-8', newline='') as f:   # a quoted field may hold the end of a line
+            rows = list(csv.reader(f, strict=True))
     except (ValueError, csv.Error) as e:
         raise BadFile(f'{file} is damaged: it is no table ({e})') from e
     header = rows[0] if rows else []

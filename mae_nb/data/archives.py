@@ -93,10 +93,10 @@ class TarMembers(Encoded):
     ):
         super().__init__(len(members))
         self.tar, self.names = tar, Names(name for name, *_ in members)
-        self._places = SharedArray(np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2))
+        self.places = SharedArray(np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2))
 
     def read(self, i):
-        start, size = self._places.values[i].tolist()
+        start, size = self.places.values[i].tolist()
         with open(self.tar, 'rb') as f:
             f.seek(start)
             return f.read(size)
@@ -229,9 +229,8 @@ def _files_and_parts(base:Path) -> list[tuple]:
     for file in sorted(base.glob('*.parquet')):
         words = re.split('[^a-z]+', file.stem.lower())
         found.append((file, next((part_of(word) for word in words if part_of(word)), None)))
-    for place in sorted(base.iterdir()):
-        if part_of(place.name) and place.is_dir():
-            found += [(file, part_of(place.name)) for file in sorted(place.glob('*.parquet'))]
+    for place in sorted(p for p in base.iterdir() if part_of(p.name) and p.is_dir()):
+        found += [(file, part_of(place.name)) for file in sorted(place.glob('*.parquet'))]
     return found
 
 def parquet_parts(

@@ -19,7 +19,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..base.errors import UsageError
+from ..base.names import check_ranges
 from .datasets import ImageSet, check_pair, read_source
 from .images import error_text, jpeg_head, jpeg_pixels, printable, read_image, readable_formats
 
@@ -203,6 +203,5 @@ def check_source(
     sets = {part: s for part, s in zip(('train', 'valid'), pair) if s is not None}
     if num_workers is None:
         num_workers = 0 if sets['train'].in_memory else os.cpu_count() or 1
-    if num_workers < 0 or few < 0:
-        raise UsageError(f'`num_workers` and `few` must be 0 or more, got {num_workers} and {few}')
+    check_ranges(num_workers=num_workers, few=few)
     return check_data(sets, num_workers, img_size, few)

@@ -57,7 +57,7 @@ def resize_as_pil(
     pixels = np.ascontiguousarray(img.permute(1, 2, 0).numpy())
     layers = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
     scaled = [np.array(Image.fromarray(layer).resize(size[::-1], Image.BICUBIC)) for layer in layers]
-    return torch.from_numpy(np.dstack(scaled)).permute(2, 0, 1)
+    return torch.from_numpy(scaled[0] if len(layers[0].shape) == 3 else np.dstack(scaled)).permute(2, 0, 1)
 
 # %% ../../nbs/data/06_crops.ipynb #6a5d0002
 class CropSpec(NamedTuple):

@@ -24,7 +24,7 @@ from .shards import Packed
 # %% ../../nbs/data/10_fingerprint.ipynb #f8fd5a36
 CHECKS = ('sizes', 'contents', 'accept')   # compare names and sizes; contents as well; or accept what has changed
 
-def _hash(text:str|bytes) -> int:
+def _hash(text:str|bytes|np.ndarray) -> int:
     "64 bits."
     raw = text.encode(errors='surrogateescape') if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'big')
@@ -85,8 +85,7 @@ def _entries(images:ImageSet, contents:bool):
         kept = b'' if labels is None else np.ascontiguousarray(labels).tobytes()
         yield from [('', 'labels', len(kept), _hash(kept))]
     if images.in_memory:
-        step = 1 if contents else max(items.nbytes // 2**26, 1)   # at most 64 MiB, of images all over the set
-        yield '', 'pixels', items.nbytes, _hash(np.ascontiguousarray(items[::step]).tobytes())
+        yield '', 'pixels', items.nbytes, _hash(np.ascontiguousarray(items))   # all of them: they are in memory
     elif isinstance(items, Packed):
         for file, row in items.shards:
             yield '', file, row['bytes'], int(row['sha256'][:16], 16)
@@ -106,7 +105,7 @@ def _names_and_sizes(images:ImageSet) -> tuple[list, list]:
         return [str(i) for i in range(n)], [len(item) for item in items]
     names = [images.file(i) for i in range(n)]
     if isinstance(items, TarMembers):
-        return names, items.places[items.ids, 1].tolist()
+        return names, items.places.values[items.ids, 1].tolist()
     return [name.removeprefix(f'{images.name}/') for name in names], _file_sizes(names)
 
 def _file_sizes(files:list) -> list:

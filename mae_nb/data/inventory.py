@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from mmap import ACCESS_COPY, mmap
 from multiprocessing.context import get_spawning_popen
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,9 @@ class SharedArray:
         self.values, self.file = values, None
 
     def __reduce__(self):
-        if get_spawning_popen() is None:   # a plain pickle, such as a deep copy
+        if get_spawning_popen() is None or os.name == 'nt':   # a plain pickle, such as a deep copy; no descriptors
             return SharedArray, (self.values,)
+        from multiprocessing.reduction import DupFd   # not on Windows
         if self.file is None:
             self.file = tempfile.TemporaryFile()
             self.file.write(np.ascontiguousarray(self.values).data.cast('B') if self.values.size else b'\0')
@@ -201,7 +201,7 @@ def _is_folder(entry:os.DirEntry) -> bool:
 
 def _note_again(found:Inventory, name:str, first:str, is_above:bool):
     "A folder that was met before: a loop is noted, a second class of the same images is an error."
-    if '/' not in name and '/' not in first and not is_above:
+    if name.partition('/')[0] != first.partition('/')[0] and not is_above:
         raise UsageError(f'{first} and {name} in {found.folder} are one folder: which class are its images? '
                          'Remove one of them')
     found.classes.pop(name, None)
@@ -236,7 +236,8 @@ def part_of(
 def _subfolders(folder:Path) -> list[str]:
     "The names of a folder's subfolders, in the order of `PARTS` and sorted below."
     order = [name for names in PARTS.values() for name in names]
-    names = [f.name for f in sorted(folder.iterdir()) if f.is_dir() and not is_hidden(f.name)]
+    with os.scandir(folder) as entries:   # a `stat` for each file would take minutes in a network
+        names = sorted(e.name for e in entries if not is_hidden(e.name) and e.is_dir())
     return sorted(names, key=lambda name: order.index(name.lower()) if part_of(name) else len(order))
 
 def split_folders(

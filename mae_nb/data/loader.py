@@ -219,7 +219,6 @@ class Loader(Browsing):
     def _start(self):
         "A new `DataLoader`, whose workers start in its first epoch and stay."
         self._transform = self.dataset.transform   # the one that its workers have
-        self._forked = self.num_workers == 0
         self.dl = DataLoader(
             self.dataset, batch_sampler=self.batches, num_workers=self.num_workers, collate_fn=collate,
             pin_memory=self.pin_memory, worker_init_fn=quiet_worker, persistent_workers=self.num_workers > 0,
@@ -245,9 +244,8 @@ class Loader(Browsing):
     def __iter__(self):
         if self._transform is not self.dataset.transform:   # running workers have the old one
             self._start()
-        if not self._forked:
+        if self.num_workers and self.dl._iterator is None:   # workers are about to be forked
             gc.collect()   # dead learners and their GPU's memory: a worker must not be the one to free them
-            self._forked = True
         for imgs, index, labels, bad in self._decoded() if self.dataset.decode == 'device' else self.dl:
             if bad:
                 self._note(bad)

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..base.errors import UsageError
+from ..base.names import check_ranges
 from ..base.processes import print_once
 from .archives import Files, Part
 from .datasets import SOURCES, encoded_parts, load_source
@@ -49,10 +50,7 @@ def pack_source(
         return index
     if quality is not None and max_side is None:
         raise UsageError('`quality` has no meaning without `max_side`: files are kept as they are')
-    limits = dict(max_side=(max_side, 10**5), quality=(quality, 100), per_shard=(per_shard, 10**6))
-    for name, (value, most) in limits.items():
-        if value is not None and not 1 <= value <= most:
-            raise UsageError(f'`{name}` must be from 1 to {most:,}, got {value}')
+    check_ranges(max_side=max_side, quality=quality, per_shard=per_shard)
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
     return pack(packable_parts(source), out, max_side=max_side, quality=quality or 90, per_shard=per_shard,
                 skip_bad=skip_bad, num_workers=workers)

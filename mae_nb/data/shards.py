@@ -72,9 +72,8 @@ def write_shard(
                     left_out.append((i, name, ' '.join(f'{type(e).__name__}: {e}'.split())))
                     continue
                 writer.write_batch(pa.record_batch([[image], [label], [name]], schema=schema))
-        images = len(ids) - len(left_out)
-        return dict(images=images, bytes=path.stat().st_size, sha256=sha256(path), left_out=left_out,
-                    source=source)
+        return dict(images=len(ids) - len(left_out), bytes=path.stat().st_size, sha256=sha256(path),
+                    left_out=left_out, source=source)
 
 # %% ../../nbs/data/03_shards.ipynb #9191b145
 INDEX = 'mae_pack.json'
@@ -309,6 +308,7 @@ class Packed(Encoded):
             if not fits:
                 raise UsageError(f'{self.folder/file} is another shard than its name says: put the right one there, '
                                  'or delete it and run the same mae-pack again')
+            del self.opened[s]   # a system may allow few open files
 
     def read(self, i): return self.row(i)[0]['image'][0].as_py()
 

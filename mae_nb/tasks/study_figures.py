@@ -157,17 +157,14 @@ def judge(
     trends = [t for t in study.trends if {(t.metric, t.first), (t.metric, t.second)} <= table.keys()]
     pairs = [(table[t.metric, t.first], table[t.metric, t.second]) for t in trends]
     results = [paired_test(a.values, b.values, t.relation) for t, (a, b) in zip(trends, pairs)]
-    corrected = holm([p for _, p in results])
+    differ = [paired_test(a.values, b.values)[1] if t.relation == '=' else None for t, (a, b) in zip(trends, pairs)]
+    corrected = holm([p for _, p in results] + differ)   # one family: an equality is tested from both sides
     verdicts = []
-    for trend, (a, b), (difference, _), p in zip(trends, pairs, results, corrected, strict=True):
-        opposite = trend.relation == '=' and _differs(a, b)
+    for i, (trend, (a, b), (difference, _)) in enumerate(zip(trends, pairs, results, strict=True)):
+        p, unequal = corrected[i], corrected[i + len(trends)]
+        opposite = unequal is not None and unequal < LEVEL and abs(difference) > MARGIN
         verdicts.append(Verdict(trend, difference, p, _verdict(trend, difference, p, opposite), (a.paper, b.paper)))
     return verdicts
-
-def _differs(a:Summary, b:Summary) -> bool:
-    "Whether two points that should be the same differ, by more than `MARGIN` and more than noise."
-    difference, p = paired_test(a.values, b.values)
-    return p is not None and p < LEVEL and abs(difference) > MARGIN
 
 def _verdict(trend:Trend, difference:float, p:float|None, opposite:bool) -> str:
     significant = p is not None and p < LEVEL

@@ -116,9 +116,9 @@ def _partial(size:dict) -> list[Point]:
 
 def _methods(size:dict) -> list[Point]:
     "MAE and its rivals, each without and with changes of colours (the paper's Table 1e asks it of MAE alone)."
-    points = [Point('mae'), Point('mae, colours', set=('augment=jitter',))]
+    points = [Point('mae'), Point('mae colours', set=('augment=jitter',))]
     for name in rival_names():
-        points += [Point(name, method=name), Point(f'{name}, colours', method=name, augment='crop+colour')]
+        points += [Point(name, method=name), Point(f'{name} colours', method=name, augment='crop+colour')]
     return points
 
 def rival_names() -> list[str]:

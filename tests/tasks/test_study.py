@@ -2,10 +2,9 @@
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,14 +13,11 @@ from support import begin_command
 from mae_nb.base.errors import UsageError, require
 from mae_nb.data.datasets import SOURCES, load_source
 from mae_nb.tasks import study as module
-from mae_nb.tasks.pretrain import pretrain_learner
 from mae_nb.tasks.study import run_study
 from mae_nb.tasks.study_figures import UNKNOWN
 from mae_nb.tasks.study_measures import Cost
-from mae_nb.tasks.study_points import STUDIES, choose_points
-from mae_nb.tasks.study_runs import StudyOptions
-from mae_nb.training.presets import RECIPES
-from mae_nb.training.recipes import override
+from mae_nb.tasks.study_points import STUDIES, Point, choose_points
+from mae_nb.tasks.study_runs import StudyOptions, pretrain_point
 
 FLAGS = ('--epochs', 1, '--set', 'batch_size=30', '--labels', 5, '--tune', 'epochs=1', '--device', 'cpu',
          '--out', 'study')
@@ -117,36 +113,26 @@ def test_a_process_of_a_study_that_is_killed_is_reported():
         module._next_result(SimpleNamespace(get=get), killed)
 
 
-def rivals_with(monkeypatch, rival_learner):
-    "`mae_nb.tasks.rivals` with one method."
-    rivals = ModuleType('mae_nb.tasks.rivals')
-    rivals.RIVALS = {'moco': None}
-    rivals.rival_recipe = lambda name, size_name: override(RECIPES['pretrain_fashion'], dict(mask_ratio=.5))
-    rivals.rival_learner = rival_learner
-    monkeypatch.setitem(sys.modules, rivals.__name__, rivals)
+def test_other_methods_are_measured_alike(toy, untimed, tmp_path):
+    "Real rivals: one that predicts pixels, with colours, and the one that learns from labels."
+    points = ('mae', 'simmim colours', 'supervised')
+    result = run_study(options(tmp_path, 'methods', points='mae,simmim colours,supervised'))
+    assert {p['point'] for p in result['points']} == set(points)
+    config = json.loads((tmp_path/'study'/'points'/'simmim_colours-seed0'/'config.json').read_text())
+    assert (config['task'], config['augment'], config['seed']) == ('rival', 'crop+colour', 0)
+    assert [(t['trend']['first'], t['trend']['second']) for t in result['trends']] == [('mae', 'supervised')]
 
 
-def test_other_methods_are_measured_alike(toy, untimed, tmp_path, monkeypatch):
-    "A method of the agreed interface: a learner with `fit_recipe` and an `encoder`."
-    from mae_nb.base.keyed import seeded
-    from mae_nb.model.mae import create_mae
-    from mae_nb.training.recipes import mae_options
-    seen = []
-
-    def rival_learner(name, dls, size_name, recipe, augment, **rest):
-        seen.append((name, size_name, recipe.epochs, recipe.warmup_epochs, recipe.batch_size, dls.train.bs))
-        model = seeded(dls.seed, create_mae, size_name, in_chans=1, **mae_options(recipe))
-        return pretrain_learner(dls, model, recipe, **rest)
-    rivals_with(monkeypatch, rival_learner)
-    result = run_study(options(tmp_path, 'methods', points='mae,moco', epochs=2))
-    assert [p['point'] for p in result['points']] == ['mae', 'moco', 'mae', 'moco']
-    assert seen == [('moco', 'mae_vit_nano_patch4_28', 2, .2, 30, 30)]
-    assert json.loads((tmp_path/'study'/'points'/'moco-seed0'/'config.json').read_text())['method'] == 'moco'
-    assert [(t['trend']['first'], t['trend']['second']) for t in result['trends']] == [('mae', 'moco')]
+def test_what_learns_from_labels_sees_those_of_fine_tuning(toy, tmp_path):
+    asked = options(tmp_path, 'methods')
+    learn = pretrain_point(toy, asked, Point('supervised', method='supervised'), 0, 1)
+    few = toy[0].shots(asked.labels, 0)
+    assert len(few) == 50 and len(toy[0]) == 60
+    assert (learn.dls.train.dataset.images.items == few.items).all()
 
 
 def test_a_method_that_lacks_a_package_is_an_error_before_anything_is_trained(toy, tmp_path, monkeypatch):
-    rivals_with(monkeypatch, lambda *_, **__: require('no_such_package', 'rivals'))
+    monkeypatch.setattr('mae_nb.tasks.rivals.rival_run', lambda *_, **__: require('no_such_package', 'rivals'))
     with pytest.raises(UsageError, match='point moco of methods: no_such_package is not installed: '
                                          'in the folder of mae_nb, pip install -e "..rivals."'):
         run_study(options(tmp_path, 'methods', points='moco'))
