@@ -128,6 +128,15 @@ def test_two_classes_in_one_folder_are_refused(tmp_path):
         folder_set(tmp_path)
 
 
+def test_a_class_inside_of_another_class_is_refused(tmp_path):
+    "Whichever of the two names comes first."
+    for place in ('cat/more', 'eel/more'):
+        fill(tmp_path/place[:3], 'cat/1.jpg', 'dog/2.jpg', 'eel/3.jpg')
+        (tmp_path/place[:3]/place).symlink_to(tmp_path/place[:3]/'dog', target_is_directory=True)
+        with pytest.raises(UsageError, match='are one folder'):
+            folder_set(tmp_path/place[:3])
+
+
 @pytest.mark.parametrize('train, valid', [('Train', 'Test'), ('training', 'testing'), ('train', 'dev'),
                                           ('train', 'EVAL'), ('train', 'validation')])
 def test_parts_go_by_many_names(tmp_path, train, valid):
