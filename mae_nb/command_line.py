@@ -73,9 +73,8 @@ def _check_numbers(numbers:dict):
 def _processes() -> Iterator[None]:
     "Join torchrun's processes; SIGTERM and SIGUSR1 raise `Terminated` from here on."
     from mae_nb.base.processes import process_group
-    from mae_nb.base.signals import outlive_output
+    from mae_nb.base.signals import outlive_output, raise_terminated
     outlive_output()
-    from mae_nb.training.checkpoints import raise_terminated
     for name in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), raise_terminated)

@@ -31,7 +31,7 @@ from .study_figures import (
 from .study_measures import duration, logged, measure_cost, plain_text, run_job
 from .study_points import Point, choose_points
 from .study_runs import Job, StudyOptions, make_jobs
-from ..training.checkpoints import Terminated, raise_terminated
+from ..base.signals import Terminated, raise_terminated
 from ..training.recipes import as_config
 from ..training.runs import make_run, write_json
 

@@ -85,13 +85,13 @@ class Checkpoints(Callback):
             self.tables.restore(tensors, run.get('files'))
             if done:
                 self.mark_done({})
-        pace = self.learn.find_callback('pace')
-        if pace is not None:
-            pace.kept = tuple(run.get('clock', pace.kept))
         self.say(f'resumes at epoch {run["epoch"]}, batch {run["batches"]} of {len(self.dls.train)}: {file}')
         if finished:
             self.say(f'fit {self.fits + 1} of {self.out} is finished already')
             raise CancelFitException()
+        pace = self.learn.find_callback('pace')
+        if pace is not None:
+            pace.kept = tuple(run.get('clock', pace.kept))
 
     def restore_rows(self, source:dict, iters:list):
         "Give the recorder the rows of earlier epochs."
@@ -332,15 +332,15 @@ class DataCheck(Callback):
                           'it is noted now', flush=True)
                 return now.save(self.file)
             before = read_listing(self.file)
-            words = ', '.join(compare_listings(before, now))
-            if words and self.mode != 'accept':
+            differences = ', '.join(compare_listings(before, now))
+            if differences and self.mode != 'accept':
                 same = before.images == now.images and len(before.classes) == len(now.classes)
-                way = "resume with data_check='accept'" if same else 'start a new run'
-                raise UsageError(f'the data of {self.file.parent} is not what it was started with: {words}: '
-                                 f'put it back, or {way}')
-            if words:
-                print(f'note: accepted that the data has changed: {words}', flush=True)
-            if words or self.mode == 'contents':
+                advice = "resume with data_check='accept'" if same else 'start a new run'
+                raise UsageError(f'the data of {self.file.parent} is not what it was started with: {differences}: '
+                                 f'put it back, or {advice}')
+            if differences:
+                print(f'note: accepted that the data has changed: {differences}', flush=True)
+            if differences or self.mode == 'contents':
                 now.save(self.file)
         except Exception as e:
             return e

@@ -34,7 +34,7 @@ class Parallel(Callback):
         accumulate:int=1,  # batches for one optimizer step
     ):
         self.accumulate, self.wrapped, self.quiet = accumulate, None, ExitStack()
-        self.votes = torch.zeros(())   # share of the processes that a signal has reached
+        self.votes = torch.zeros(())   # how many processes a signal has reached
 
     @property
     def step_ends(self) -> bool: return (self.iter + 1) % self.accumulate == 0 or self.iter + 1 == self.n_iter

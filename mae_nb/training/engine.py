@@ -26,7 +26,8 @@ from ..base.names import check_ranges, pick
 from ..base.processes import print_once, processes, rank
 from ..model.costs import known_flops
 from .callbacks import Autocast, DeviceRecorder, Graphs, Standardize, StopAt
-from .checkpoints import Checkpoints, DataCheck, StopSignals, Watch
+from ..base.signals import StopSignals
+from .checkpoints import Checkpoints, DataCheck, Watch
 from .distributed import PARALLEL
 from .guard import Guard
 from mae_nb.training.optim import (
@@ -277,8 +278,8 @@ class TaskLearner(Learner):
 
     @contextmanager
     def aside(self, *more:type):
-        "While something beside the run is done, the run's folder, record, bar and guard are left alone."
-        own = (RunWriter, Progress, Guard, Checkpoints, *more)
+        "Evaluate or try something without touching the run's folder, record, bar and guard."
+        own = (RunWriter, Progress, Guard, Checkpoints, DataCheck, Watch, *more)
         writers = [cb for cb in self.cbs if isinstance(cb, own) or 'out' in vars(cb)]   # `out`: a run folder
         record = vars(self.recorder) if self.find_callback('recorder') else {}   # fastai may have taken it out
         kept = {k: record[k] for k in ('lrs', 'iters', 'losses', 'values') if k in record}

@@ -102,16 +102,16 @@ class RateTrial(Callback):
     def __init__(self,
         start_lr:float,  # of the first step
         end_lr:float,    # of the last one
-        steps:int,       # in all
+        batches:int,     # in all
         stop_div:bool,   # end early
     ):
-        self.start_lr, self.end_lr, self.steps, self.stop_div = start_lr, end_lr, steps, stop_div
+        self.start_lr, self.end_lr, self.batches, self.stop_div = start_lr, end_lr, batches, stop_div
 
     def before_fit(self):
         self.lrs, self.losses, self.smooth, self.best = [], [], 0., math.inf
 
     def before_batch(self):
-        lr = self.start_lr * (self.end_lr / self.start_lr) ** (self.train_iter / self.steps)
+        lr = self.start_lr * (self.end_lr / self.start_lr) ** (self.train_iter / self.batches)
         self.opt.set_hyper('lr', lr)
         self.lrs.append(lr)
 
@@ -122,7 +122,7 @@ class RateTrial(Callback):
         self.losses.append(loss)
         self.best = min(self.best, loss)
         diverges = not math.isfinite(loss) or self.stop_div and loss > 4 * self.best
-        if diverges or self.train_iter >= self.steps:
+        if diverges or self.train_iter >= self.batches:
             raise CancelFitException()
 
     def before_validate(self): raise CancelValidException()
@@ -133,13 +133,13 @@ def suggested_rates(
 ) -> tuple:           # (names, rates, points of the plot)
     "What fastai's functions suggest."
     functions = functions if isinstance(functions, (list, tuple)) else [functions]
-    skip = trial.steps // 10
+    skip = trial.batches // 10
     lrs, losses = torch.tensor(trial.lrs[skip:-5]), torch.tensor(trial.losses[skip:-5])
     if len(lrs) < 10:
         raise UsageError(f'the loss exploded after {len(trial.lrs)} steps: use a smaller `start_lr`, '
                          'or a larger `num_it`')
-    found = [f(lrs, losses, trial.steps) for f in functions]
-    return [f.__name__ for f in functions], [lr for lr, _ in found], [point for _, point in found]
+    suggestions = [f(lrs, losses, trial.batches) for f in functions]
+    return [f.__name__ for f in functions], [lr for lr, _ in suggestions], [point for _, point in suggestions]
 
 # %% ../../nbs/training/13_familiar.ipynb #6e00e260
 def layer_of(

@@ -19,7 +19,7 @@ from ..base.files import write_whole
 from ..base.processes import print_once, rank
 from ..base.tables import add_row, start_table
 from .state import save_checkpoint, whole_tensor
-from .distributed import batch_norms
+from .distributed import Parallel, batch_norms
 from .optim import skippable
 
 # %% ../../nbs/training/09_guard.ipynb #2100a002
@@ -70,6 +70,7 @@ class Guard(Callback):
         self.params = None   # listed at the first step, when weights that are cut are in their parts
         self.kept = []
         self.norm_buffers = [b for m in batch_norms(self.model) for b in m.buffers()]
+        self.group = next((cb for cb in self.learn.cbs if isinstance(cb, Parallel)), None)   # it adds up signals
         skippable(self.opt.opt)
 
     # ---- on the device --------------------------------------------------------------------------------------------
@@ -97,8 +98,7 @@ class Guard(Callback):
             return
         self.stepped, loss, mean = False, self.learn.loss.detach().double(), self.mean
         spike = self.add_loss(loss)
-        group = [cb.votes for cb in self.learn.cbs if hasattr(cb, 'votes')]   # of `Parallel`, which adds up signals
-        stop = group[0] if group else torch.zeros_like(loss)
+        stop = torch.zeros_like(loss) if self.group is None else self.group.votes
         numbers = torch.stack([self.streak, self.skipped, spike, stop]).long()
         k = self.learn.batches_per_step
         arrived = self.reader.push(numbers, (self.epoch, self.iter // k * k, self.iter + 1, loss, mean))

@@ -61,13 +61,13 @@ class FastaiLearner(TaskLearner):
     # ---- rates and layers -----------------------------------------------------------------------------------------
     def lr_find(self, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plot=True,
                 suggest_funcs=SuggestionMethod.Valley):
-        "Train on trial at growing rates, and suggest one; weights, optimizer and records are left as they were."
+        "Train on trial at growing rates, and suggest one; weights, optimizer and run folder are left as they were."
         if processes() > 1:
             raise UsageError('lr_find tries rates in one process: start it without torchrun')
-        trial = RateTrial(start_lr, end_lr, num_it, stop_div)
+        trial = RateTrial(start_lr, end_lr, num_it * self.batches_per_step, stop_div)
         with self.aside(StopAt, WeightEMA, Schedule), self._restored():
             self.opt = None
-            super().fit(num_it * self.batches_per_step // len(self.dls.train) + 1, cbs=trial)
+            super().fit(trial.batches // len(self.dls.train) + 1, cbs=trial)
         self.recorder.lrs, self.recorder.losses = trial.lrs, trial.losses
         names, rates, points = suggested_rates(trial, suggest_funcs)
         if show_plot:

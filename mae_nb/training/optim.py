@@ -265,7 +265,8 @@ class WeightEMA(Callback):
         averages, weights = zip(*[(a, p) for a, p in pairs if p.requires_grad])
         skipped = getattr(self.opt.opt, 'found_inf', None)   # as `Guard` decides, on the device
         if skipped is not None:   # a step that is skipped moves no weight, and must not move the average towards it
-            weights = [torch.where(skipped.to(p.device) > 0, a, p) for a, p in zip(averages, weights)]
+            skip = skipped.to(weights[0].device) > 0
+            weights = [torch.where(skip, a, p) for a, p in zip(averages, weights)]
         self.average.multi_avg_fn(list(averages), list(weights), None)
         for a, b in zip(average.buffers(), self.model.buffers(), strict=True):
             a.copy_(b)
@@ -322,29 +323,26 @@ def skippable(
     opt.found_inf = torch.zeros(())
 
     def keep(opt, *_):
-        opt.before, opt.is_new = {k: v.detach().clone() for k, v in _moved(opt)}, not opt.state
+        opt.before, opt.is_new = {k: v.detach().clone() for k, v in _moved(opt)}, not any(opt.state.values())
         opt.skips = opt.found_inf
         del opt.found_inf   # torch's optimizers that are not fused refuse to step while it is there
 
     @torch.no_grad()
     def restore(opt, *_):
         opt.found_inf = opt.skips
-        for k, v in _moved(opt):
-            before = opt.before.get(k, torch.zeros_like(v))
-            v.copy_(torch.where(opt.skips.to(v.device) > 0, before, v))
-        if opt.is_new and opt.skips > 0:   # only the optimizer knows where its averages start: they are made anew
-            opt.state.clear()
+        moved = _moved(opt)
+        skip = {device: opt.skips.to(device) > 0 for device in {v.device for _, v in moved}}
+        for k, v in moved:
+            before = opt.before[k] if k in opt.before else torch.zeros_like(v)
+            v.copy_(torch.where(skip[v.device], before, v))
+        if opt.is_new and any(opt.state.values()) and opt.skips > 0:
+            opt.state.clear()   # averages are made anew: only the optimizer knows where they start
 
     opt.register_step_pre_hook(keep)
     opt.register_step_post_hook(restore)
 
 def _moved(opt) -> list[tuple]:
     "What a step moves, each with a key: the parameters, and the optimizer's tensors for them."
-    moved = []
-    for group in opt.param_groups:
-        moved += [(p, p) for p in group['params']]
-    for p, values in opt.state.items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                moved.append(((p, name), value))
-    return moved
+    parameters = [(p, p) for group in opt.param_groups for p in group['params']]
+    states = [((p, name), value) for p, values in opt.state.items() for name, value in values.items()]
+    return parameters + [(k, value) for k, value in states if isinstance(value, torch.Tensor)]

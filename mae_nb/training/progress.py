@@ -37,8 +37,7 @@ class Pace(Callback):
         "The pace from a mark till now."
         seconds, batches, waited = (now - before for now, before in zip(self.mark(), mark))
         rate = batches * self.dls.train.bs * self.repeats * processes() / seconds
-        self.peak = max(self.peak, rate * self.flops)   # a measured peak may be too low on a busy machine
-        mfu = rate * self.flops / self.peak if self.flops else None
+        mfu = min(rate * self.flops / self.peak, 1.) if self.flops else None   # a busy machine's peak is too low
         return dict(train_seconds=seconds, images_per_second=rate, mfu=mfu, data_wait=waited / seconds,
                     peak_memory_gib=memory_gib(self.dls.device))
 

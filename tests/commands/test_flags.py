@@ -3,10 +3,8 @@ import re
 import shlex
 from dataclasses import fields
 from inspect import signature
-from typing import get_args
 
 import pytest
-from support import ROOT
 
 from mae_nb import command_line, commands
 from mae_nb.base.errors import UsageError
@@ -135,8 +133,3 @@ def test_options_of_a_model_are_suggested_from_the_whole_list():
     from mae_nb.model.mae import create_mae
     with pytest.raises(UsageError, match="did you mean 'mask_ratio'"):
         create_mae('mae_vit_nano_patch4_28', mask_ration=.5)
-
-
-def test_annotated_flags_keep_their_reader():
-    assert get_args(command_line.Size)[1]['type'] is command_line._size
-    assert (ROOT/'mae_nb'/'command_line.py').is_file()

@@ -369,16 +369,19 @@ def test_freezing_a_probe_leaves_its_encoder_alone(task, sets, make):
 # ---- in a run folder ------------------------------------------------------------------------------------------------
 
 def test_a_run_folder_is_left_alone_by_what_is_beside_the_run(task, sets, tmp_path):
-    learn = MAKERS[task](sets, out=make_run(tmp_path/'run', {}))
-    learn.fit(1, 1e-3)
     def content():
         return {f: f.read_bytes() for f in (tmp_path/'run').rglob('*') if f.is_file() and 'events' not in f.name}
-    before = content()
-    learn.lr_find(num_it=60)
-    learn.get_preds()
-    learn.validate()
-    learn.summary()
-    assert content() == before
+
+    learn = MAKERS[task](sets, out=make_run(tmp_path/'run', {}))
+    for fits in range(2):   # before the first fit, and after one
+        before = content()
+        learn.lr_find(num_it=60)
+        learn.get_preds()
+        learn.validate()
+        learn.summary()
+        assert content() == before
+        if not fits:
+            learn.fit(1, 1e-3)
 
 
 def test_fine_tune_in_a_run_folder(task, sets, tmp_path):
