@@ -1900,6 +1900,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mae_nb.training.progress.Steps.tick': ( 'training/progress.html#steps.tick',
                                                                                    'mae_nb/training/progress.py'),
                                           'mae_nb.training.progress._as_text': ( 'training/progress.html#_as_text',
+                                                                                 'mae_nb/training/progress.py'),
+                                          'mae_nb.training.progress.bar_over': ( 'training/progress.html#bar_over',
                                                                                  'mae_nb/training/progress.py')},
             'mae_nb.training.recipes': { 'mae_nb.training.recipes.AttentiveRecipe': ( 'training/recipes.html#attentiverecipe',
                                                                                       'mae_nb/training/recipes.py'),

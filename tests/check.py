@@ -10,14 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent   # the commands of this very environment
 ENV = os.environ | dict(OMP_NUM_THREADS='1', PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}')
+FAILED = []
+
 
 
 def run(*words):
-    "Run a command in the project's folder; stop at the first one that fails."
+    "Run a command in the project's folder; note it if it fails, and go on, so that one run names all faults."
     start = time.time()
     print('\n$', *words, flush=True)
-    if code := subprocess.run(words, cwd=ROOT, env=ENV).returncode:
-        fail(f'{" ".join(words)} (exit code {code})')
+    code = subprocess.run(words, cwd=ROOT, env=ENV).returncode
+    if code:
+        FAILED.append(f'{" ".join(words)} (exit code {code})')
     print(f'  took {time.time() - start:.0f} s', flush=True)
 
 
@@ -95,4 +98,6 @@ if __name__ == '__main__':
     run('nbdev-test', 'nbs', '--n-workers', '2', '--cell-timeout', '300')
     # one tutorial takes as long as all other tests
     run('pytest', '-n', '2', '--dist', 'worksteal', '--durations', '10')
+    if FAILED:
+        fail('; '.join(FAILED))
     print('all checks passed')
