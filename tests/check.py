@@ -13,7 +13,6 @@ ENV = os.environ | dict(OMP_NUM_THREADS='1', PATH=f'{BIN}{os.pathsep}{os.environ
 FAILED = []
 
 
-
 def run(*words):
     "Run a command in the project's folder; note it if it fails, and go on, so that one run names all faults."
     start = time.time()
