@@ -37,7 +37,7 @@ from .progress import Pace, Progress
 from .presets import hopeless_rates
 from .recipes import as_config
 from .runs import RunWriter
-from .switches import DTYPES, apply_switches
+from .switches import DTYPES, apply_switches, without_recompiling
 
 # %% ../../nbs/training/12_engine.ipynb #d9291707
 def train_images(
@@ -247,8 +247,11 @@ class TaskLearner(Learner):
 
     def all_batches(self):
         self.n_iter = len(self.dl)
+        size = 0
         for i, b in enumerate(self._timed(self.dl), self.first_batch if self.training else 0):
-            self.one_batch(i, b)
+            size = max(size, len(b[-1]))
+            with without_recompiling(len(b[-1]), size):
+                self.one_batch(i, b)
 
     def _timed(self, batches):
         "The batches; the seconds of waiting for training batches are added to `waited`."
