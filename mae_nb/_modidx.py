@@ -1569,6 +1569,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'mae_nb/training/distributed.py'),
                                              'mae_nb.training.distributed.cut_modules': ( 'training/distributed.html#cut_modules',
                                                                                           'mae_nb/training/distributed.py'),
+                                             'mae_nb.training.distributed.data_parallel': ( 'training/distributed.html#data_parallel',
+                                                                                            'mae_nb/training/distributed.py'),
                                              'mae_nb.training.distributed.gather_weights': ( 'training/distributed.html#gather_weights',
                                                                                              'mae_nb/training/distributed.py'),
                                              'mae_nb.training.distributed.release_weights': ( 'training/distributed.html#release_weights',
