@@ -1982,6 +1982,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.RunWriter.evaluated': ( 'training/runs.html#runwriter.evaluated',
                                                                                     'mae_nb/training/runs.py'),
+                                      'mae_nb.training.runs.RunWriter.report_thread': ( 'training/runs.html#runwriter.report_thread',
+                                                                                        'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.RunWriter.write_board': ( 'training/runs.html#runwriter.write_board',
                                                                                       'mae_nb/training/runs.py'),
                                       'mae_nb.training.runs.RunWriter.write_row': ( 'training/runs.html#runwriter.write_row',

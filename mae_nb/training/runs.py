@@ -9,6 +9,7 @@ __all__ = ['FREE', 'COMMANDS', 'make_run', 'next_run', 'RunWriter', 'report_run'
 # %% ../../nbs/training/11_runs.ipynb #5b43b078
 import json
 import platform
+import threading
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
@@ -112,7 +113,7 @@ def next_run(
 # %% ../../nbs/training/11_runs.ipynb #600b7423
 class RunWriter(Callback):
     "Keep a run's folder: a row per epoch in `metrics.csv` and `timing.csv`, TensorBoard events, weights, curves."
-    order, board = 55, None
+    order, board, hook = 55, None, None
     def __init__(self,
         out:Path,  # from `make_run`
     ):
@@ -132,6 +133,7 @@ class RunWriter(Callback):
             from torch.utils.tensorboard import SummaryWriter
             # events that a killed run has left beyond this step are dropped
             self.board = SummaryWriter(str(self.out), purge_step=self.train_iter or None)
+            self.hook, threading.excepthook = threading.excepthook, self.report_thread
 
     def after_epoch(self):
         values, lr, pace = list(self.recorder.log), self.recorder.lrs[-1], self.pace.report
@@ -166,10 +168,16 @@ class RunWriter(Callback):
         plt.close(fig)
         self.close()
 
+    def report_thread(self, error):
+        "The board's thread fails, such as on a full disk: the next event raises its error here, in one line."
+        if not type(error.thread).__module__.startswith('tensorboard'):
+            self.hook(error)
+
     def close(self):
         if self.board:
-            self.board.close()
-            self.board = None
+            threading.excepthook, self.hook = self.hook, None
+            board, self.board = self.board, None
+            board.close()
 
 # %% ../../nbs/training/11_runs.ipynb #4cb2a014
 def report_run(

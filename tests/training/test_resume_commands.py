@@ -1,5 +1,6 @@
 """Commands that are interrupted by signals or a full disk resume exactly; a run resumes only as the run that it is."""
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -177,3 +178,10 @@ def test_a_disk_of_20_mb_that_fills_up(undisturbed, tmp_path):
     if code == 77:
         pytest.skip((tmp_path/'log').read_text().strip())
     assert code == 0, (tmp_path/'log').read_text()
+
+def test_a_full_disk_when_the_record_is_written(pretrain, monkeypatch):
+    "TensorBoard writes in a thread of its own, whose error is told once."
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr('tensorboard.summary.writer.record_writer.RecordWriter.write', full)
+    got, _ = pretrain('a', *WORDS, '--out', 'run')
+    assert got.code == 1 and 'no space left on the disk' in got.line, got
