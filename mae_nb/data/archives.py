@@ -15,7 +15,8 @@ import os
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -188,9 +189,9 @@ class ParquetRows(Encoded):
         return data
 
     def column(self, group:int):
-        from pyarrow.parquet import ParquetFile
         file, number, _ = self.groups[group]
-        table = ParquetFile(file).read_row_group(number, columns=['image.bytes'], use_threads=False)
+        with _parquet(file) as f:
+            table = f.read_row_group(number, columns=['image.bytes'], use_threads=False)
         return table['image'].combine_chunks().field('bytes')
 
     def name_of(self, i):
@@ -250,15 +251,14 @@ def _parquet_part(part:str, files:list, classes:list) -> Part:
     "One part; its classes are those given, those that the files name, or those of its labels."
     groups, names, labels, ends = [], [], [], []
     for file in files:
-        f = _open_parquet(file)
-        columns = _checked_columns(file, f)
-        groups += [(file, g, f.metadata.row_group(g).num_rows) for g in range(f.num_row_groups)]
-        ends.append(f.metadata.num_rows + (ends[-1] if ends else 0))
-        table = f.read(columns=[c for c in ('image.path', 'label') if c in columns], use_threads=False)
-        if 'image.path' in columns:
-            names += [name or '' for name in table['image'].combine_chunks().field('path').to_pylist()]
-        else:
-            names += [''] * f.metadata.num_rows
+        with _parquet(file) as f:
+            columns = _checked_columns(file, f)
+            groups += [(file, g, f.metadata.row_group(g).num_rows) for g in range(f.num_row_groups)]
+            ends.append(f.metadata.num_rows + (ends[-1] if ends else 0))
+            table = f.read(columns=[c for c in ('image.path', 'label') if c in columns], use_threads=False)
+        has_paths = 'image.path' in columns
+        paths = table['image'].combine_chunks().field('path').to_pylist() if has_paths else [''] * len(table)
+        names += [path or '' for path in paths]
         labels.append(_label_column(file, table['label']) if 'label' in columns else None)
         classes = _agreed(file, classes, _class_names(f.schema_arrow.metadata))
 
@@ -317,11 +317,14 @@ def _agreed(file:Path, known:list, named:list|None) -> list:
                          f'and not {", ".join(map(str, known[:3]))}, ...')
     return list(known or named or [])
 
-def _open_parquet(file:Path):
+@contextmanager
+def _parquet(file:Path) -> Iterator:
+    "A parquet file, open; an error while it is read names it."
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
     try:
-        return ParquetFile(file)
-    except ValueError as e:
+        yield ParquetFile(file)
+    except (OSError, ArrowException) as e:   # as pyarrow reports a damaged one
         raise UsageError(f'{file} cannot be read as parquet: fetch it again ({e})') from e
 
 def _class_names(metadata:dict|None) -> list|None:

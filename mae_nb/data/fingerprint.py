@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def read_listing(
             texts = dict(titles=arrays['titles'].tolist(), classes=arrays['classes'].tolist())
             columns = {name: arrays[name] for name in ('names', 'sizes', 'contents', 'places')}
             return Listing(**columns, **texts, images=int(arrays['images']))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as e:
         raise BadFile(f'{file} is damaged: {e}: remove it to resume without comparing the data') from e
 
 def list_data(

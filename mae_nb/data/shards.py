@@ -78,6 +78,8 @@ def write_shard(
 # %% ../../nbs/data/03_shards.ipynb #9191b145
 INDEX = 'mae_pack.json'
 
+def _index_hash(index:dict) -> str: return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
 def read_index(
     folder:str|Path,  # a packed folder, or its address in an object store
 ) -> dict:            # the list of shards, `plan`, `complete`, `labels`
@@ -91,6 +93,8 @@ def read_index(
     kinds = dict(plan=dict, shards=dict, complete=bool)
     if not isinstance(index, dict) or not all(isinstance(index.get(k), kind) for k, kind in kinds.items()):
         raise UsageError(f'{folder}/{INDEX} is damaged: it lists no plan and shards: pack into a new folder')
+    if index.pop('hash', None) not in (None, _index_hash(index)):   # earlier versions wrote none
+        raise UsageError(f'{folder}/{INDEX} is damaged: its content does not match its hash: pack into a new folder')
     if index['plan'].get('version') != 1:
         raise UsageError(f'{folder} was packed by a later version of mae_nb: update this one')
     return index
@@ -175,7 +179,8 @@ def _begin(out:Path, plan:dict, skip_bad:bool) -> dict:
 
 def _is_whole(file:Path, row:dict) -> bool: return file.is_file() and file.stat().st_size == row['bytes']
 
-def _write_index(out:Path, index:dict): write_whole(out/INDEX, json.dumps(index) + '\n')
+def _write_index(out:Path, index:dict):
+    write_whole(out/INDEX, json.dumps(index | dict(hash=_index_hash(index))) + '\n')
 
 # %% ../../nbs/data/03_shards.ipynb #6b445cda
 def pack(

@@ -315,7 +315,7 @@ def read_options(
 ) -> tuple[str, dict]:   # the command's name, such as mae-pretrain, and its options
     "How a run was begun, also by earlier versions, which kept their command's name and flags."
     config = _read_config(Path(run))
-    maker, options = COMMANDS.get(config.get('task')), config.get('options')
+    maker, options = COMMANDS.get(str(config.get('task'))), config.get('options')
     flags = config.get('command')
     if options is None and isinstance(flags, dict):
         maker, options = str(flags.get('name')).replace('_', '-'), flags.get('flags')
