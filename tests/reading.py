@@ -1,4 +1,4 @@
-"""How long a chapter takes to read, and the map in nbs/index.ipynb that shows it: `python tests/reading.py` updates it."""
+"""How long a chapter takes to read; `python tests/reading.py` writes it into the map in nbs/index.ipynb."""
 import json
 import re
 from pathlib import Path
