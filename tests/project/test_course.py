@@ -102,6 +102,7 @@ def test_minutes_follow_from_words_cells_and_exercises(tmp_path):
     assert [is_read(c) for c in (shown, imports, hidden)] == [True, False, False]
     assert counts(file) == (2000, 8, 2)
     assert minutes(file) == 20   # 10 of words, 4 of code, 6 of exercises
-    old = '### The course\n| 1 | [mae](model/08_mae.ipynb) | x | |\n| | the whole course | | |\n### The engineering part'
+    rows = '| 1 | [mae](model/08_mae.ipynb) | x | |\n| | the whole course | | |\n'
+    old = f'### The course\n{rows}### The engineering part'
     new = updated(old)
     assert int(TOTAL.search(new)[2]) == map_rows(new)['model/08_mae.ipynb'] == minutes(NBS/'model'/'08_mae.ipynb')
