@@ -7,7 +7,10 @@ from reading import INDEX, NBS, TOTAL, counts, course, is_read, map_rows, minute
 from support import ROOT
 
 QUESTIONS = json.loads((ROOT/'tests'/'project'/'course_questions.json').read_text())
-DESCRIBED = [ROOT/'nbs'/f for f in ('model/04_transformer.ipynb', 'course/01_before.ipynb', 'course/02_after.ipynb')]
+THREE_KINDS = [ROOT/'nbs'/f for f in ('model/04_transformer.ipynb', 'course/01_before.ipynb', 'course/02_after.ipynb')]
+DESCRIBED = [ROOT/'nbs'/'model'/'04_transformer.ipynb',
+             *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in ('00_introduction', '01_before', '01_results', '02_after',
+                                                               'notation'))]
 
 
 def cells(file):
@@ -63,7 +66,7 @@ def test_a_picture_has_a_text_for_those_who_do_not_see_it(file):
         assert not re.search(r'fontsize=[1-7]\b', source(cell)), f'{cell["id"]}: text below 8 points'
 
 
-@pytest.mark.parametrize('file', DESCRIBED, ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', THREE_KINDS, ids=lambda file: file.stem)
 def test_exercises_are_of_three_kinds(file):
     "To predict, to fill in, to think; the answer to a question that needs thought is in a cell of its own."
     texts = [source(c) for c in cells(file) if c['cell_type'] == 'markdown']
