@@ -8,9 +8,8 @@ from support import ROOT
 
 QUESTIONS = json.loads((ROOT/'tests'/'project'/'course_questions.json').read_text())
 THREE_KINDS = [ROOT/'nbs'/f for f in ('model/04_transformer.ipynb', 'course/01_before.ipynb', 'course/02_after.ipynb')]
-DESCRIBED = [ROOT/'nbs'/'model'/'04_transformer.ipynb',
-             *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in ('00_introduction', '01_before', '01_results', '02_after',
-                                                               'notation'))]
+PICTURED = '00_introduction', '01_before', '01_results', '02_after', 'notation'
+DESCRIBED = [ROOT/'nbs'/'model'/'04_transformer.ipynb', *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in PICTURED)]
 
 
 def cells(file):
