@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from questions import PAGE, page_notebook
 from reading import update_index
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,7 @@ def check_made_from_notebooks():
     "README.md and llms.txt are in sync with the notebooks."
     if '--fix' in sys.argv:
         update_index()
+        PAGE.write_text(page_notebook())
     for file, text in ((ROOT/'README.md', readme()), (ROOT/'nbs'/'llms.txt', llms())):
         if '--fix' in sys.argv:
             file.write_text(text)

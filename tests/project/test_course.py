@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+from questions import PAGE, page_notebook, section_of
 from reading import INDEX, NBS, TOTAL, counts, course, is_read, map_rows, minutes, updated
 from support import ROOT
 
@@ -44,6 +45,13 @@ def test_the_questions_are_many_and_the_course_answers_them():
     assert all(len(item['terms']) >= 2 for item in QUESTIONS)
     chapters = {f'nbs/{file}' for file in map_rows(course(the_map()))}
     assert {item['chapter'] for item in QUESTIONS} <= chapters
+
+
+def test_the_page_of_questions_is_made_from_the_list():
+    "`python tests/questions.py` writes it."
+    assert PAGE.read_text() == page_notebook()
+    assert section_of(dict(chapter='nbs/model/04_transformer.ipynb', cell='04a0000d', terms=['deviation'])) == (
+        'transformer', 'Why the root of d')
 
 
 def test_a_question_without_an_answer_is_found():
