@@ -8,9 +8,11 @@ from reading import INDEX, NBS, TOTAL, counts, course, is_read, map_rows, minute
 from support import ROOT
 
 QUESTIONS = json.loads((ROOT/'tests'/'project'/'course_questions.json').read_text())
-THREE_KINDS = [ROOT/'nbs'/f for f in ('model/04_transformer.ipynb', 'course/01_before.ipynb', 'course/02_after.ipynb')]
-PICTURED = '00_introduction', '01_before', '01_results', '02_after', 'notation'
-DESCRIBED = [ROOT/'nbs'/'model'/'04_transformer.ipynb', *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in PICTURED)]
+LESSONS = '00_introduction', '01_before', '01_results', '02_after'
+PICTURED = *LESSONS, 'notation'
+TRANSFORMER = ROOT/'nbs'/'model'/'04_transformer.ipynb'
+DESCRIBED = [TRANSFORMER, *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in PICTURED)]
+THREE_KINDS = [TRANSFORMER, *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in LESSONS)]
 
 
 def cells(file):
