@@ -1,4 +1,4 @@
-"""Every check of the project in one command: `python tests/check.py`; `--fix` also rewrites README.md and llms.txt."""
+"""Every check of the project in one command: `python tests/check.py`; `--fix` rewrites what notebooks make."""
 import json
 import os
 import re
@@ -6,6 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from questions import PAGE, page_notebook
+from reading import update_index
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent   # the commands of this very environment
@@ -83,6 +86,9 @@ def llms():
 
 def check_made_from_notebooks():
     "README.md and llms.txt are in sync with the notebooks."
+    if '--fix' in sys.argv:
+        update_index()
+        PAGE.write_text(page_notebook())
     for file, text in ((ROOT/'README.md', readme()), (ROOT/'nbs'/'llms.txt', llms())):
         if '--fix' in sys.argv:
             file.write_text(text)
