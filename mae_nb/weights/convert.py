@@ -17,15 +17,14 @@ import torch
 from ..base.errors import UsageError
 from ..base.files import write_atomically
 from ..base.names import pick, to_pair
-from ..model.mae import MAE, create_mae
-from .building import full_size, model_options
+from ..model.mae import MAE, create_mae, full_size
+from .building import model_options
 from .describing import hf_config, hf_preprocessor, timm_config
-from .stated import patch_count
 from .fitting import our_tensors
-from .layouts import layout_of, our_state, to_hf, to_official, to_timm
+from .layouts import layout_of, model_kind, our_state, to_hf, to_official, to_timm
 from .loading import attention_heads, plain_config, write_own
 from .published import CHECKPOINTS
-from .reading import Weights, open_weights
+from .reading import Weights, open_weights, stated_patches
 
 # %% ../../nbs/weights/06_convert.ipynb #10be441a
 def _write(
@@ -46,10 +45,10 @@ def _warn_of_norm_eps(
     norm_eps:float,  # of the model
     library:str,     # whose model will compute with the weights
 ):
-    "Tell where another library computes with another epsilon, which no tensor can carry."
+    "Warn where another library computes with another epsilon, which no tensor can carry."
     if norm_eps != 1e-6:
         warnings.warn(f'{library} adds 1e-06 to the variance in its norms and these weights were computed with '
-                      f'{norm_eps:g}: predictions will differ', stacklevel=3)
+                      f'{norm_eps:g}: predictions will differ', stacklevel=4)   # at the caller of `save_timm`
 
 def _norm_eps(
     model:nn.Module,  # an MAE, an encoder or a classifier
@@ -57,23 +56,40 @@ def _norm_eps(
     "What a model adds to the variance in its norms."
     return next((m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)), 1e-6)
 
+def _write_official(
+    ours:dict,        # tensors under our names
+    file:str|Path,    # .pth, or .safetensors
+    norm_eps:float,   # added to the variance in the norms
+    options:dict,     # of the model, as far as they are known
+):
+    "Write tensors for the official code."
+    _write(to_official(ours), file, mae_nb=plain_config(options))
+    _warn_of_norm_eps(norm_eps, 'the official code')
+
+def _write_timm(
+    ours:dict,        # tensors under our names
+    file:str|Path,    # .safetensors, or .pth
+    norm_eps:float,   # added to the variance in the norms
+) -> list:            # our names of the tensors that were left out
+    "Write tensors for timm."
+    state, dropped = to_timm(ours)
+    _write(state, file)
+    _warn_of_norm_eps(norm_eps, 'timm')
+    return dropped
+
 def save_official(
     model:nn.Module,  # an MAE, an encoder or a classifier
     file:str|Path,    # .pth, or .safetensors; written whole or not at all
 ):
     "Write weights for the official code."
-    _write(to_official(our_state(model)), file, mae_nb=plain_config(model.config))
-    _warn_of_norm_eps(_norm_eps(model), 'the official code')
+    _write_official(our_state(model), file, _norm_eps(model), model.config)
 
 def save_timm(
     model:nn.Module,  # an MAE, an encoder or a classifier
     file:str|Path,    # .safetensors, or .pth; written whole or not at all
 ) -> list:            # names of the model's tensors that timm has no place for: the decoder's
     "Write weights for timm's `vit_*`; a decoder is left out, and its names are returned."
-    state, dropped = to_timm(our_state(model))
-    _write(state, file)
-    _warn_of_norm_eps(_norm_eps(model), 'timm')
-    return dropped
+    return _write_timm(our_state(model), file, _norm_eps(model))
 
 # %% ../../nbs/weights/06_convert.ipynb #11bcb49b
 def _averaging_files(
@@ -131,13 +147,7 @@ def save_hf(
 # %% ../../nbs/weights/06_convert.ipynb #ec3e643f
 FORMATS = ('official', 'timm', 'hf', 'safetensors')
 
-def _kind(
-    ours:dict,  # tensors under our names
-) -> str:       # for messages
-    "What the weights are of."
-    if 'decoder.pred.weight' in ours:
-        return 'a masked autoencoder'
-    return 'a classifier' if 'head.weight' in ours else 'an encoder'
+_KINDS = dict(mae='a masked autoencoder', classifier='a classifier', encoder='an encoder')   # for messages
 
 def _check_buildable(
     ours:dict,     # tensors under our names
@@ -159,7 +169,7 @@ def _convert_to_own(
     "Write a file of ours without building the model."
     if file.suffix != '.safetensors':
         raise UsageError(f'{file}: our own files end in .safetensors')
-    if _kind(ours) == 'an encoder':
+    if model_kind(ours) == 'encoder':
         raise UsageError('our own files hold whole models, and this is an encoder alone: use format timm')
     if 'num_classes' in options:
         ours = {k.removeprefix('encoder.'): v for k, v in ours.items()}
@@ -191,28 +201,18 @@ def _write_as(
     changes:dict,     # options of the model that the file does not state
 ) -> list:            # our names of the tensors that were left out
     "Write weights in a layout."
-    dropped, norm_eps = [], weights.options.get('norm_eps', 1e-6)
-    if format in ('timm', 'official'):
-        _warn_of_norm_eps(norm_eps, dict(timm='timm', official='the official code')[format])
+    norm_eps = weights.options.get('norm_eps', 1e-6)
     if format == 'timm':
-        state, dropped = to_timm(ours)
-        _write(state, target)
-    elif format == 'official':
-        _write(to_official(ours), target, mae_nb=plain_config(weights.options | changes))
+        return _write_timm(ours, target, norm_eps)
+    if format == 'official':
+        _write_official(ours, target, norm_eps, weights.options | changes)
     elif format == 'hf':
         _convert_to_hf(ours, target, model_options(weights, **changes), weights.data)
     else:
         _convert_to_own(weights, ours, target, model_options(weights, **changes))
-    return dropped
+    return []
 
 # %% ../../nbs/weights/06_convert.ipynb #6fdbb5a8
-def _stated_patches(
-    weights:Weights,  # to be converted
-    changes:dict,     # what the caller states
-) -> int|None:
-    "How many patches the weights are of, if file or caller state it."
-    return patch_count(weights.state, weights.options.get('img_size', changes.get('img_size')))
-
 def convert(
     source:str|Path,  # a file of any layout, a run folder, a folder of transformers, or a key of `CHECKPOINTS`
     target:str|Path,  # the file to write, or for hf the folder; must not exist
@@ -230,7 +230,7 @@ def convert(
     if target.exists():
         raise UsageError(f'{target} exists already: name another or remove it')
     try:
-        ours, changed = our_tensors(weights.state, weights.own, _stated_patches(weights, changes))
+        ours, changed = our_tensors(weights.state, weights.own, stated_patches(weights, changes.get('img_size')))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def convert(
     except ValueError as e:
         raise UsageError(str(e) if weights.where in str(e) else f'{weights.where}: {e}') from e
     layout = 'mae_nb' if weights.own else layout_of(weights.state)
-    lines = [f'{weights.where}: {_kind(ours)}, {len(weights.state)} tensors in the {layout} layout',
+    lines = [f'{weights.where}: {_KINDS[model_kind(ours)]}, {len(weights.state)} tensors in the {layout} layout',
              f'{target}: {len(ours) - len(dropped)} of our tensors in the {format} layout']
     if dropped:
         lines.append(f'left out, as timm has no place for them: {len(dropped)} tensors ({", ".join(dropped[:3])}, ...)')

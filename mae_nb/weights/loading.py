@@ -24,7 +24,7 @@ from ..model.encoder import Encoder
 from ..model.mae import MAE, SIZES
 from .fitting import fit_channels, fit_positions, our_tensors
 from .layouts import LAYOUTS, layout_of
-from .reading import Weights, open_weights
+from .reading import Weights, open_weights, stated_patches
 from .stated import check_stated, patch_count
 
 # %% ../../nbs/weights/04_loading.ipynb #6963a13f
@@ -145,7 +145,7 @@ def fill(
     model:nn.Module,    # filled in place, or left as it was on an error
     state:dict,         # tensors under the model's own names
     strict:bool=False,  # missing or unused tensors are an error
-    old_grid:tuple[int, int]|None=None,  # (rows, columns) the positions were made for; if None the model's or a square
+    old_grid:tuple[int, int]|None=None,  # (rows, columns) the positions were made for; see `fit_positions` for None
     skip:tuple=(),      # beginnings of names to leave out, such as 'head.'
 ) -> LoadReport:
     "Load tensors by name and report what fitted; `model.not_loaded` keeps the missing names."
@@ -266,7 +266,7 @@ def _patches(
     "How many patches the weights are of: as caller or file state, or else as many as the model has."
     encoder = model.encoder if isinstance(model, MAE) else model
     grid = old_grid or (encoder.grid if isinstance(encoder, Encoder) else None)
-    stated = None if old_grid else patch_count(weights.state, weights.options.get('img_size'))
+    stated = None if old_grid else stated_patches(weights)
     return stated or (grid and grid[0] * grid[1])
 
 def load_weights(

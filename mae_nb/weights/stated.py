@@ -55,8 +55,8 @@ def read_fields(
     return stated
 
 def _as(option:str) -> Callable:
-    "A rule: the field is this option of ours."
-    return lambda value: {option: value}
+    "A rule: the field is this option of ours; None states nothing."
+    return lambda value: {} if value is None else {option: value}
 
 def _only(*allowed, why:str) -> Callable:
     "A rule: the field must have one of these values, for other ones compute something else."
@@ -166,7 +166,7 @@ def _official_name(model) -> dict:
     name = 'mae_' + str(model).removeprefix('mae_')
     return dict(name=name) if name in SIZES else {}
 
-_ARGS = dict(model=_official_name, norm_pix_loss=_target, mask_ratio=_as('mask_ratio'), nb_classes=_as('num_classes'),
+_ARGS = dict(model=_official_name, norm_pix_loss=_target, mask_ratio=_as('mask_ratio'), nb_classes=_count,
              global_pool=lambda pool: dict(pool='avg' if pool else 'cls'))
 
 def _held_fields(content) -> dict:
@@ -179,11 +179,12 @@ def _stated_by_args(fields:dict) -> Stated:
     return read_fields(fields, rules, 'args')
 
 def _arch(name) -> dict:
-    "What timm's training script says of the architecture; other programs use the word for other names."
+    "The architecture in a checkpoint of timm's training script, which may have trained it at another image size."
     try:
-        return _architecture(name)
-    except (UsageError, TypeError):
+        stated = _architecture(name)
+    except (UsageError, TypeError):   # other programs use the word for other names
         return {}
+    return {option: value for option, value in stated.items() if option != 'img_size'}
 
 def stated_by_checkpoint(
     content:dict,  # what a pickle holds, without the tensors
@@ -252,7 +253,7 @@ def patch_count(
 ) -> int|None:
     "How many patches an image of the stated size has."
     patch = next((v for v in state.values() if v.ndim == 4), None)   # a vision transformer has one convolution
-    if img_size is None or patch is None:
+    if img_size is None or patch is None or 0 in patch.shape:
         return None
     rows, columns = to_pair(img_size)
     return rows // patch.shape[-1] * (columns // patch.shape[-1])
