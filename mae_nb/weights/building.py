@@ -53,19 +53,19 @@ def _check_counts(
         claimed['num_classes'] = stated.get('num_classes', 0)
     for what in held:
         if held[what] != claimed[what]:
-            raise UsageError(f'its configuration says {claimed[what]} {what} and its tensors {held[what]}')
+            raise UsageError(f'its configuration states {claimed[what]} {what} and its tensors {held[what]}')
 
 def _check_ratios(
     ours:dict,    # tensors under our names
     wanted:dict,  # all options of the model
 ):
-    "Raise where the MLPs of an encoder or a decoder are of another width than their ratio says."
+    "Raise where the MLPs of an encoder or a decoder do not have the width of their ratio."
     decoder_ratio = wanted['mlp_ratio'] if wanted['decoder_mlp_ratio'] is None else wanted['decoder_mlp_ratio']
     for part, dim, ratio in (('encoder', wanted['dim'], wanted['mlp_ratio']),
                              ('decoder', wanted['decoder_dim'], decoder_ratio)):
         hidden = ours.get(f'{part}.blocks.0.mlp.fc1.weight')
         if hidden is not None and len(hidden) != int(dim * ratio):
-            raise UsageError(f'its configuration says mlp_ratio {ratio} and the tensors of its {part} '
+            raise UsageError(f'its configuration states mlp_ratio {ratio} and the tensors of its {part} '
                              f'{len(hidden) / dim:g}')
 
 def _check_own(
@@ -84,7 +84,7 @@ def _check_own(
     wanted, measured = stated | changes, measured_size(ours)
     for what in [k for k in measured if not k.endswith('mlp_ratio')]:
         if wanted[what] != measured[what]:
-            raise UsageError(f'its configuration says {what} {wanted[what]} and its tensors {measured[what]}')
+            raise UsageError(f'its configuration states {what} {wanted[what]} and its tensors {measured[what]}')
     _check_ratios(ours, wanted)
     _check_counts(ours, stated)
 
@@ -118,7 +118,7 @@ def _image_size(
     table = ours['encoder.pos_embed']
     grid = table_grid(table)
     if grid is None:
-        raise UsageError(f'the weights have {table.shape[1] - 1} positions, which is no square grid: '
+        raise UsageError(f'the weights have {table.shape[1] - 1} positions, which is not a square grid: '
                          'pass img_size=(rows, columns)')
     return grid[0] * patch_size, grid[1] * patch_size
 
@@ -128,7 +128,7 @@ def _decoder_options(
 ) -> dict:
     "What the decoder predicts, and from how much; warns where nobody states the target."
     if 'target' not in stated:
-        warnings.warn(f'{where} does not say what its decoder predicts: norm_pixels is assumed; '
+        warnings.warn(f'{where} does not state what its decoder predicts: norm_pixels is assumed; '
                       "pass target='pixels' if it is that", stacklevel=5)   # at the caller of `load_mae`
     ratio = {'mask_ratio': stated['mask_ratio']} if 'mask_ratio' in stated else {}
     return {'target': stated.get('target', 'norm_pixels')} | ratio
@@ -246,7 +246,7 @@ def _head_misfit(
     ours:dict,         # its tensors under our names
     classes:list,      # of the new data, in the order of their numbers
 ) -> str:              # '' if the head fits
-    "Why a head is of no use."
+    "The reason why a head cannot be kept."
     stated = [str(x) for x in (weights.data or {}).get('classes', ())]
     pool = 'avg' if 'fc_norm.weight' in ours else 'cls'
     if len(ours['head.weight']) != len(classes):
@@ -284,7 +284,7 @@ def load_encoder(
     old_grid:tuple[int, int]|None=None,  # its (rows, columns), if the file states none and they are no square
     **changes,       # options that the file does not state, or that are to be others: name, num_heads, img_size, ...
 ) -> tuple[Encoder, LoadReport]:  # with a `config`
-    "The encoder in a run or in anybody's weights, in evaluation mode."
+    "The encoder of a run or of weights in any layout, in evaluation mode."
     weights = open_weights(where)
     options = model_options(weights, target='pixels', **changes)   # an encoder is the same for every target
     config = {k: v for k, v in options.items() if k in ('name', *ENCODER_OPTIONS)}

@@ -226,7 +226,7 @@ def convert(
     changes = {k: v for k, v in (changes | {'target': predicts}).items() if v is not None}
     stated = weights.options.get('target')
     if predicts and stated and stated != predicts:
-        raise UsageError(f'{weights.where} says that it predicts {stated}, not {predicts}')
+        raise UsageError(f'{weights.where} states that it predicts {stated}, not {predicts}')
     if target.exists():
         raise UsageError(f'{target} exists already: name another or remove it')
     try:

@@ -55,7 +55,7 @@ def fit_positions(
     if old_grid is None:
         old_grid = table_grid(table, cls)
         if old_grid is None:
-            raise UsageError(f'has {n} positions, which is no square grid: say which it is, old_grid=(rows, columns)')
+            raise UsageError(f'has {n} positions, which is not a square grid: pass old_grid=(rows, columns)')
     if old_grid[0] * old_grid[1] != n:
         raise UsageError(f'has {n} positions, which is not the grid {old_grid[0]}x{old_grid[1]}')
     if tuple(old_grid) == tuple(grid):
@@ -108,7 +108,7 @@ _AXES = [   # (pattern of our names, axes of the tensor), tried in order
 def _check_axes(
     ours:dict,  # tensors under our names
 ):
-    "Raise where a tensor has another number of axes than its name says, or an empty one."
+    "Raise where a tensor has another number of axes than its name requires, or an empty one."
     patch = ours.get('encoder.patch_embed.proj.weight')
     if patch is not None and patch.ndim == 5:
         raise UsageError(f'a video or multi-time model: its patch embedding has shape {tuple(patch.shape)} with a '

@@ -35,7 +35,7 @@ class LoadReport:
     missing: list  # names of the model's tensors that the file lacks
     unused: list   # names in the file that the model has no place for
     changed: dict = field(default_factory=dict)  # names of loaded tensors that were made to fit, and how
-    ignored: list = field(default_factory=list)  # what else stood in or beside the file and changes no prediction
+    ignored: list = field(default_factory=list)  # other content in or beside the file, which changes no prediction
 
     def __str__(self):
         text = f'{len(self.loaded)} tensors loaded'
@@ -92,7 +92,7 @@ def _check_tensor(
     "Raise where a value of the file cannot be copied into the model's tensor."
     is_number = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() == wanted.is_floating_point()
     if not is_number or tensor.layout != torch.strided:
-        raise UsageError(f'{name} is no tensor of numbers like the model\'s')
+        raise UsageError(f'{name} is not a tensor of numbers like the model\'s')
     if tensor.is_meta or wanted.is_meta:
         raise UsageError(f'{name} is on the meta device and has no values: create the model on a real one')
     if tensor.shape != wanted.shape:

@@ -97,7 +97,7 @@ def _check_options(
             if type(value) not in (int, float) or not 0 <= value <= largest:
                 raise UsageError(f'{where}: {name} must be a number from 0 to {largest:g}, got {shown}')
         elif not isinstance(value, bool) and not (isinstance(value, str) and len(value) <= 100):
-            raise UsageError(f'{where}: {str(name)[:50]!r} is {shown}, no option of a model')
+            raise UsageError(f'{where}: {str(name)[:50]!r} is {shown}, not an option of a model')
     return options
 
 def _are_numbers(values) -> bool:
@@ -148,7 +148,7 @@ class Weights:
     options: dict = field(default_factory=dict)  # options of the model, as far as the file states them
     data: dict|None = None                       # what the model was trained on, as far as that is stated
     own: bool = False   # a file of ours: `options` is all that is needed to build the model
-    ignored: list = field(default_factory=list)  # fields and tensors that stood beside and were of no use
+    ignored: list = field(default_factory=list)  # fields and tensors beside them that were not used
 
 def _stated_by_name(
     file:Path,  # a weights file

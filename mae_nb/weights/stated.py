@@ -27,7 +27,7 @@ class Stated:
     ignored: list = field(default_factory=list)  # fields that change no prediction, and unknown ones
 
     def __or__(self, other):
-        "Both together; what the second one states comes first."
+        "Both together; the second one has priority."
         return Stated(self.options | other.options, self.about | other.about,
                       self.used + other.used, self.ignored + other.ignored)
 
@@ -67,7 +67,7 @@ def _only(*allowed, why:str) -> Callable:
     return check
 
 def _seen(value) -> dict:
-    "A rule: the tensors show what this field says, and are believed."
+    "A rule: the tensors determine this, and the field changes nothing."
     return {}
 
 # %% ../../nbs/weights/00_stated.ipynb #b67f5c46
@@ -83,7 +83,7 @@ def _label_names(id2label:dict) -> dict:
     return {} if names == [f'LABEL_{i}' for i in range(len(names))] else dict(classes=names)
 
 def _classes(id2label:dict) -> dict:
-    "How many classes there are, to be held against the head."
+    "The number of classes, to be compared with the head."
     return dict(num_classes=len(id2label)) if id2label else {}
 
 _GELU = _only('gelu', 'gelu_python', why='its model computes with another activation than the gelu of ours')
@@ -174,7 +174,7 @@ def _held_fields(content) -> dict:
     return vars(content) if isinstance(content, argparse.Namespace) else content if isinstance(content, dict) else {}
 
 def _stated_by_args(fields:dict) -> Stated:
-    "What the official command line says: fine-tuning has no use for a mask ratio, and ignores it."
+    "The options in an official command line; fine-tuning ignores its mask ratio."
     rules = _ARGS if 'norm_pix_loss' in fields else {k: v for k, v in _ARGS.items() if k != 'mask_ratio'}
     return read_fields(fields, rules, 'args')
 
@@ -280,4 +280,4 @@ def check_stated(
         fits = patch_count(ours, stated['img_size']) == table[1] - 1
         held['img_size'] = stated['img_size'] if fits else f'of {table[1] - 1} patches'
     for name in [k for k in held if k in stated and stated[k] != held[k]]:
-        raise UsageError(f'its configuration says {name} {stated[name]} and its tensors {held[name]}')
+        raise UsageError(f'its configuration states {name} {stated[name]} and its tensors {held[name]}')

@@ -42,7 +42,7 @@ _HARMLESS = [*_NUMPY, 'numpy.ndarray', 'numpy.dtype', 'datetime.date', 'datetime
 _STAND_INS = [(_LeftOut, name) for name in _HARMLESS] + [(_table, 'collections.defaultdict')]
 
 def first_line(e:BaseException) -> str:
-    "The first line of an error, or its type where it has no words."
+    "The first line of an error, or its type if it has no text."
     return (str(e).splitlines() or [type(e).__name__])[0]
 
 def _check_archive(
@@ -56,7 +56,7 @@ def _check_archive(
             raise UsageError('it unpacks to more than the file holds, which torch.save never writes')
         damaged = archive.testzip()
     if damaged:
-        raise UsageError(f'the checksum of {damaged} in it is wrong, it was damaged on the way')
+        raise UsageError(f'the checksum of {damaged} in it is wrong: the file was damaged in transfer')
 
 def read_pickle(
     file:Path,  # a file of `torch.save`
@@ -91,8 +91,8 @@ def _is_state_dict(content) -> bool:
 def find_tensors(
     content,    # what a file holds
     where:str,  # the file, for errors
-) -> tuple[dict, dict]:  # names to tensors, and what stood beside them
-    "The state dict in a file: all of it, or the one under a known key; plain data beside it is handed out, too."
+) -> tuple[dict, dict]:  # names to tensors, and the other content
+    "The state dict in a file: all of it, or the one under a known key; plain data beside it is returned, too."
     beside = {}
     for _ in range(3):   # {'model': {'state_dict': ...}}
         inner = [k for k in _CONTAINERS if isinstance(content, dict) and isinstance(content.get(k), dict)]
@@ -118,7 +118,7 @@ def check_tensors(
             raise UsageError(f'{where} names a tensor {name[:50]!r}: no name of a model')
         dense = tensor.layout == torch.strided and not tensor.is_meta and 0 not in tensor.shape
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UsageError(f'{where}: {name} of shape {tuple(tensor.shape)} holds fewer numbers than it says')
+            raise UsageError(f'{where}: {name} of shape {tuple(tensor.shape)} holds fewer numbers than its shape needs')
     return state
 
 def check_finite(
@@ -145,7 +145,7 @@ def _prefix(
     names:list,      # of a file's tensors
     where:str|Path,  # the file, for errors
 ) -> str:
-    "What stands before every name of the model; '' where nothing does, or no model is known."
+    "The prefix of every name of the model; '' without one, or for an unknown model."
     if any(k.endswith('decoder.decoder_pos_embed') for k in names) and any('backbone.vit.' in k for k in names):
         return next(k for k in names if 'backbone.vit.' in k).partition('backbone.vit.')[0]   # of lightly
     for anchor in _ANCHORS:

@@ -175,7 +175,7 @@ def test_a_fixed_table_shows_its_grid():
 def test_a_table_of_no_grid_is_refused():
     state = VisionTransformer(**TIMM | dict(img_size=(8, 12))).state_dict()
     model = create_classifier(NANO, 3, 'cls', **SIZE, img_size=(12, 8))
-    with pytest.raises(UsageError, match='has 6 positions, which is no square grid: say which it is, old_grid='):
+    with pytest.raises(UsageError, match='has 6 positions, which is not a square grid: pass old_grid='):
         load_weights(model, state)
 
 # parts
