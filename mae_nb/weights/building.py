@@ -286,7 +286,8 @@ def load_encoder(
 ) -> tuple[Encoder, LoadReport]:  # with a `config`
     "The encoder of a run or of weights in any layout, in evaluation mode."
     weights = open_weights(where)
-    options = model_options(weights, target='pixels', **changes)   # an encoder is the same for every target
+    decoder = dict(target='pixels', decoder_heads=1)   # an encoder is the same for every one
+    options = model_options(weights, **decoder | changes)
     config = {k: v for k, v in options.items() if k in ('name', *ENCODER_OPTIONS)}
     encoder = Encoder(**encoder_options(**config), config=config)
     report = load_weights(encoder, weights, old_grid=old_grid)

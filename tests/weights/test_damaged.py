@@ -113,7 +113,7 @@ def test_the_size_of_a_name_is_not_that_of_the_training(tmp_path):
 def test_a_command_line_without_classes(count, official_state, tmp_path):
     file = official_file(tmp_path/'x.pth', official_state, nb_classes=count)
     assert 'num_classes' not in open_weights(file).options
-    assert load_encoder(file, num_heads=3, decoder_heads=4)[0].dim == 96
+    assert load_encoder(file, num_heads=3)[0].dim == 96   # whatever the heads of its decoder
 
 def test_a_config_with_an_option_of_none(tmp_path):
     "As earlier versions wrote it, and as it is given now."
