@@ -60,11 +60,6 @@ def _new_folder(
 ) -> Iterator[Path]:  # where to write
     "A folder that appears under its name when it is complete."
     folder = Path(folder)
-    if folder.suffix in ('.onnx', '.pt2'):
-        raise UsageError(f'{folder}: an export is a folder, with the model and its preprocessing in it: '
-                         f'name a folder, such as {folder.with_suffix("")}')
-    if folder.exists():
-        raise UsageError(f'{folder} exists already: name another or remove it')
     part = folder.with_name(f'{folder.name}.part-{os.getpid()}')
     part.mkdir(parents=True)
     try:
@@ -117,24 +112,28 @@ def _check_images(
         raise UsageError(f'{images.name} has {len(names)} classes ({", ".join(names[:3])}, ...), which are not the '
                          f'{model.head.out_features} of the model: measure on the data that it was trained for')
 
-def _check_export(
-    model:nn.Module,       # to be exported
-    format:str,            # one of `EXPORTS`
-    quantize:str|None,     # int8
-    images:ImageSet|None,  # labelled
-    data:dict|None,        # what the model was trained on
+def _check_options(
+    folder:str|Path,    # to write
+    format:str,         # one of `EXPORTS`
+    part:str,           # one of `PARTS`
+    quantize:str|None,  # int8
+    measures:bool,      # whether labelled images are given
 ):
-    "Raise where a format or a model cannot have an option."
+    "Raise where an export cannot have these options together, before anything is loaded."
     require_export(format)
+    folder = Path(folder)
+    if folder.suffix in ('.onnx', '.pt2'):
+        raise UsageError(f'{folder}: an export is a folder, with the model and its preprocessing in it: '
+                         f'name a folder, such as {folder.with_suffix("")}')
+    if folder.exists():
+        raise UsageError(f'{folder} exists already: name another or remove it')
     if quantize is not None:
         pick(quantize, ('int8',), 'quantize')
         if format != 'onnx':
             raise UsageError(f"format={format!r} keeps float32: quantize={quantize!r} needs format='onnx'")
-    if images is not None:
-        if quantize is None or not isinstance(model, Classifier):
-            raise UsageError('`data` measures what int8 costs a classifier in accuracy: '
-                             f"use it with quantize='int8' and a classifier, not {part_of(model)}")
-        _check_images(images, model, data)
+    if measures and (quantize is None or part != 'classifier'):
+        raise UsageError('`data` measures what int8 costs a classifier in accuracy: '
+                         f"use it with quantize='int8' and part='classifier', not part={part!r}")
 
 def _describe(
     folder:Path,      # gets config.json and preprocessor_config.json
@@ -147,7 +146,7 @@ def _describe(
         files = hf_files(model, data)
     except UsageError:   # transformers has no such model
         files = {'config.json': {}}
-    if data:
+    if data and 'preprocessor_config.json' not in files:
         encoder = model.encoder if isinstance(model, MAE) else model
         files['preprocessor_config.json'] = hf_preprocessor(encoder.img_size, data['mean'], data['std'])
     about = dict(asdict(report), model=plain_config(model.config), classes=list((data or {}).get('classes') or ()))
@@ -164,8 +163,10 @@ def export_model(
     images:ImageSet|None=None, # labelled images, on which a quantised classifier is compared with the other
 ) -> ExportReport:
     "Export a model for batches of any size, check the file against PyTorch, and write its preprocessing beside it."
-    _check_export(model, format, quantize, images, data)
-    part, name = part_of(model), dict(onnx='model.onnx').get(format, 'model.pt2')
+    part, name = part_of(model), 'model.onnx' if format == 'onnx' else 'model.pt2'
+    _check_options(folder, format, part, quantize, images is not None)
+    if images is not None:
+        _check_images(images, model, data)
     runtime = require('onnxruntime', 'export') if format == 'onnx' else torch
     shapes = {name: ['batch', *x.shape[1:]] for name, x in example_inputs(model, 1).items()}
     with _new_folder(folder) as new:
@@ -237,9 +238,9 @@ def export(
     **changes,          # options of the model that the file does not state, or that change: name, img_size, ...
 ) -> str:               # what was done, to be printed
     "Export weights of any layout as a program; returns a text on what was read, written and measured."
-    require_export(format)
     weights = open_weights(source)
     part = _held_part(weights) if part is None else pick(part, PARTS, 'part')
+    _check_options(folder, format, part, quantize, data is not None)
     model, lines = _load_part(weights, part, {k: v for k, v in changes.items() if v is not None})
     images = None if data is None else _measured_images(data)
     with warnings.catch_warnings(record=True) as caught:

@@ -70,6 +70,18 @@ def test_a_base_in_int8(tmp_path):
     sizes = [(tmp_path/'x'/name).stat().st_size for name in ('model.onnx', 'model_quantized.onnx')]
     assert sizes[1] < .3 * sizes[0] and report.quantized['difference'] < .5
 
+def test_tensors_in_a_file_of_their_own(tmp_path, monkeypatch):
+    "As of a model above 2 GB: both files are found after the folder has got its name."
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, 'save', lambda self, file: save(self, file, external_data=True))
+    model = make('classifier', NANO, **SMALL)
+    report = export_model(model, tmp_path/'x', quantize='int8')
+    names = ('model.onnx', 'model_quantized.onnx')
+    assert {f'{name}{end}' for name in names for end in ('', '.data')} <= {f.name for f in (tmp_path/'x').iterdir()}
+    runs = [open_program(tmp_path/'x'/name) for name in names]
+    wanted = [report.difference, report.quantized['difference']]
+    assert [largest_difference(run, model) for run in runs] == wanted
+
 @pytest.mark.filterwarnings('ignore')
 def test_transformers_prepares_its_pictures(tmp_path):
     "The processor of the folder, and the program: the logits of our own evaluation."
