@@ -186,7 +186,12 @@ def _held_part(
     weights:Weights,  # to be exported
 ) -> str:
     "The part that weights hold; a probe is an encoder with a head of its own kind."
-    return 'encoder' if 'probe' in weights.options else model_kind(to_ours(weights.state))
+    if 'probe' in weights.options:
+        return 'encoder'
+    try:
+        return model_kind(to_ours(weights.state))
+    except ValueError as e:
+        raise UsageError(f'{weights.where}: {e}') from e
 
 def _load_part(
     weights:Weights,  # to be exported
