@@ -35,6 +35,7 @@ PUBLIC = {   # module -> its public names
     'weights.building': 'load_mae load_encoder load_classifier classifier_from',
     'weights.convert': 'save_official save_timm save_hf',
     'weights.hub': 'save_pretrained from_pretrained push_to_hub',
+    'weights.export': 'export_model',
     'training.recipes': '''Recipe PretrainRecipe FinetuneRecipe ScratchRecipe LinearRecipe PartialRecipe AttentiveRecipe
                            KnnRecipe override mae_options as_config from_config''',
     'training.presets': 'RECIPES default_model default_recipe show_recipe',

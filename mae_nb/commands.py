@@ -146,20 +146,29 @@ def mae_show(
         print(f'picture     {show(where, images, out, seed=seed, device=device, **options)}')
 
 # %% ../nbs/commands.ipynb #c0a7e001
-@cli('runs/pretrain-1 vit-mae --format hf')
+@cli('runs/pretrain-1 vit-mae --format hf', 'runs/finetune-1 program --format onnx --quantize int8 --data fashion',
+     'runs/pretrain-1 features --format torch-export --part encoder --img-size 448')
 def mae_convert(
     source:str,  # weights of any layout: a file, a run folder, a folder of transformers, or the name of published ones
-    to:str,                # the file to write, or for hf the folder; must not be there yet
-    format:str='safetensors',  # official, timm, hf, or safetensors: our own
-    target:str=None,       # what the decoder predicts (pixels, norm_pixels), for weights that do not say it
-    model:str=None,        # the model's name, for weights that do not say it
+    to:str,                # the file to write, or for hf, onnx and torch-export the folder; must not exist
+    # weights: official, timm, hf, or safetensors, our own; or the computation as well: onnx, torch-export
+    format:str='safetensors',
+    target:str=None,       # what the decoder predicts (pixels, norm_pixels), for weights that do not state it
+    model:str=None,        # the model's name, for weights that do not state it
+    # onnx, torch-export: encoder, classifier, or mae with its noise as an input; by default what the weights hold
+    part:str=None,
+    # onnx, torch-export: side of the images in pixels, or rows,columns; positions are resized; by default the weights'
+    img_size:Size=None,
+    quantize:str=None,     # onnx: int8 also writes a file with the linear layers in int8
+    # with --quantize, for a classifier: a data set's name or a folder of labelled images, to measure the accuracy
+    data:str=None,
     debug:bool=False,      # show the whole traceback of an error
 ):
-    "Convert weights from one layout to another."
-    with command(mae_convert, debug):
-        from mae_nb.weights.convert import convert
-        options = {} if model is None else dict(name=model)
-        print(convert(source, to, format, target, **options))
+    "Convert weights from one layout to another, or export a model as a program."
+    with command(mae_convert, debug, img_size=img_size):
+        from mae_nb.weights.export import convert_or_export
+        print(convert_or_export(source, to, format, target, model, part=part, img_size=img_size, quantize=quantize,
+                                data=data))
 
 # %% ../nbs/commands.ipynb #9ac00002
 @cli('path/to/imagenet packed --max-side 320', 'packed')

@@ -66,4 +66,5 @@ def create_classifier(
     options = encoder_options(name, **kwargs)
     config = dict(name=name, num_classes=num_classes, pool=pool, drop_path=drop_path) | kwargs
     config |= dict(in_chans=options['in_chans'], img_size=to_pair(options['img_size']))
+    config = {k: v for k, v in config.items() if v is not None}   # None: the size's own
     return Classifier(num_classes, pool, config, drop_path=drop_path, **options)

@@ -33,9 +33,9 @@ from ..training.engine import TaskLearner, check_channels, run_seed
 from ..training.learners import LabelLearner
 from ..training.optim import finetune_groups
 from ..training.recipes import FinetuneRecipe, PartialRecipe, as_config
-from ..training.runs import (
-    RunOptions, absolute_path, begun_model, last_metrics, make_run, report_run, write_json)
+from ..training.runs import RunOptions, absolute_path, begun_model, last_metrics, make_run, report_run, write_json
 from ..weights.building import classifier_from, keep_head, load_encoder
+from ..weights.reading import open_weights
 
 # %% ../../nbs/tasks/03_finetune.ipynb #d358de4d
 class DropNoise(Callback):
@@ -321,7 +321,8 @@ def finetune_setup(
     get_device(options.device)   # a wrong one is an error before anything is read
     size = {} if options.img_size is None else dict(img_size=options.img_size)
     begun = None if options.from_scratch else begun_model(options)
-    encoder = None if options.from_scratch or begun else load_encoder(options.weights, **size)[0]
+    weights = None if options.from_scratch or begun else open_weights(options.weights)
+    encoder = None if weights is None else load_encoder(weights, **size)[0]
     sets = split_labelled(load_source(options.data), options.seed, options.split)
     head = len(sets[0].classes), recipe.pool, recipe.drop_path
     if options.from_scratch:
@@ -331,7 +332,7 @@ def finetune_setup(
         model = create_classifier(**begun)   # the checkpoint fills it
     else:
         model, report = seeded(options.seed, classifier_from, encoder, *head)
-        for line in filter(None, (report, keep_head(model, options.weights, sets[0].classes))):
+        for line in filter(None, (report, keep_head(model, weights, sets[0].classes))):
             print_once(f'{options.weights}: {line}')
     return finetune_run(sets, model, recipe, options, config=dict(options=options.as_config()))
 

@@ -126,7 +126,8 @@ def show(
     import matplotlib.pyplot as plt
     if not images:
         raise UsageError('name at least one image file')
-    model, data = load_mae(weights, **options), open_weights(weights).data
+    opened = open_weights(weights)
+    model, data = load_mae(opened, **options), opened.data
     mean, std = (data['mean'], data['std']) if data else (IMAGENET_MEAN, IMAGENET_STD)
     imgs = torch.stack([eval_transform(read_or_explain(f, len(mean)), model.encoder.img_size) for f in images])
     model, imgs = model.to(get_device(device)), imgs.to(get_device(device))

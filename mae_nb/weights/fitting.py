@@ -8,6 +8,7 @@ __all__ = ['table_grid', 'fit_positions', 'fit_channels', 'our_tensors']
 # %% ../../nbs/weights/03_fitting.ipynb #3e4fe29e
 import math
 import re
+import warnings
 
 import torch
 
@@ -21,14 +22,21 @@ def table_grid(
     cls:int=1,                 # rows before the patches': 1 for the class token, or 0
 ) -> tuple[int, int]|None:     # (rows, columns); None where nothing tells
     "The grid that a table was made for: that of the sine-cosine table it is, or else a square."
+    return _sine_grid(table, cls) or _square(table.shape[1] - cls)
+
+def _sine_grid(
+    table:torch.Tensor,  # positions (1, cls + n, d)
+    cls:int,             # rows before the patches'
+) -> tuple[int, int]|None:
+    "The (rows, columns) whose sine-cosine table this is; None for a learned or resized one."
     n, dim = table.shape[1] - cls, table.shape[2]
     if n < 1 or table.is_meta:
-        return _square(n)
+        return None
     patches = table[0, cls:].float()
     for rows in [r for r in range(1, n + 1) if n % r == 0 and dim % 4 == 0]:
         if (sincos_2d(dim, (rows, n // rows)) - patches).abs().max() < .01:   # other grids differ by 1 and more
             return rows, n // rows
-    return _square(n)
+    return None
 
 def _square(n:int) -> tuple[int, int]|None:
     "The square grid of n patches, if there is one."
@@ -38,19 +46,24 @@ def _square(n:int) -> tuple[int, int]|None:
 def fit_positions(
     table:torch.Tensor,             # positions (1, cls + n, d), the class token's first
     grid:tuple[int, int],           # (rows, columns) wanted
-    old_grid:tuple[int, int]|None=None,  # (rows, columns) it was made for; if None what the table shows, or a square
+    old_grid:tuple[int, int]|None=None,  # (rows, columns) it was made for; None: those of its sines, or a square
     cls:int=1,                      # rows before the patches': 1 for the class token, or 0
 ) -> tuple[torch.Tensor, str]:      # the table for the grid, and what was done, '' if nothing
     "Positions for another grid of patches, by bicubic interpolation."
     n = table.shape[1] - cls
+    assumed = old_grid is None and _sine_grid(table, cls) is None
     if old_grid is None:
         old_grid = table_grid(table, cls)
         if old_grid is None:
-            raise UsageError(f'has {n} positions, which is no square grid: say which it is, old_grid=(rows, columns)')
+            raise UsageError(f'has {n} positions, which is not a square grid: pass old_grid=(rows, columns)')
     if old_grid[0] * old_grid[1] != n:
         raise UsageError(f'has {n} positions, which is not the grid {old_grid[0]}x{old_grid[1]}')
     if tuple(old_grid) == tuple(grid):
         return table, ''
+    if assumed and grid[0] * grid[1] == n:
+        warnings.warn(f'a learned table of {n} positions may be of {old_grid[0]}x{old_grid[1]} or of '
+                      f'{grid[0]}x{grid[1]} patches: the square is assumed; if it is the other, pass '
+                      f'old_grid={tuple(grid)}', stacklevel=2)
     precise = table[0].to(torch.promote_types(table.dtype, torch.float32))
     resized = resize_positions(precise, old_grid, grid)[None].to(table.dtype)
     return resized, f'resized from {old_grid[0]}x{old_grid[1]} to {grid[0]}x{grid[1]} patches'
@@ -84,18 +97,36 @@ _NO_PLACE = [   # (pattern of our names, what the part is)
      'a part in its blocks'),
 ]
 
-def _check_parts(
-    ours:dict,  # tensors of another library under our names
+_AXES = [   # (pattern of our names, axes of the tensor), tried in order
+    (r'^(en|de)coder\.(cls_token|mask_token|pos_embed)$', 3),
+    (r'^encoder\.patch_embed\.proj\.weight$', 4),
+    (r'^(en|de)coder\..*(qkv|proj|fc1|fc2|embed|pred)\.weight$', 2),
+    (r'^head\.weight$', 2),
+    (r'^((en|de)coder|head|fc_norm)\b.*(bias|norm\d?\.weight|gamma)$', 1),
+]
+
+def _check_axes(
+    ours:dict,  # tensors under our names
 ):
-    "Raise where a model has a part that ours cannot compute."
+    "Raise where a tensor has another number of axes than its name requires, or an empty one."
     patch = ours.get('encoder.patch_embed.proj.weight')
     if patch is not None and patch.ndim == 5:
         raise UsageError(f'a video or multi-time model: its patch embedding has shape {tuple(patch.shape)} with a '
                          'third axis, and only images are supported')
+    for name, tensor in ours.items():
+        wanted = next((axes for pattern, axes in _AXES if re.search(pattern, name)), tensor.ndim)
+        if tensor.ndim != wanted or 0 in tensor.shape:
+            raise UsageError(f'{name} has shape {tuple(tensor.shape)}, expected {wanted} axes, none of them empty: '
+                             'the weights are damaged or of another model')
+
+def _check_parts(
+    ours:dict,  # tensors of another library under our names
+):
+    "Raise where a model has a part that ours cannot compute."
     for pattern, part in _NO_PLACE:
         for name in [k for k in ours if re.search(pattern, k)]:
             raise UsageError(f'{part} ({name.removeprefix("encoder.")}) has no place in our models: not supported')
-    if patch is not None and 'encoder.cls_token' not in ours:
+    if 'encoder.patch_embed.proj.weight' in ours and 'encoder.cls_token' not in ours:
         raise UsageError('a model without a class token, which every model of ours has: not supported')
 
 # %% ../../nbs/weights/03_fitting.ipynb #6b036a6d
@@ -106,8 +137,14 @@ def _fold_layer_scale(
     scales = [k for k in ours if re.search(r'\.ls[12]\.gamma$', k)]
     for name in scales:
         layer = name.replace('ls1.gamma', 'attn.proj').replace('ls2.gamma', 'mlp.fc2')
-        gamma = ours.pop(name)
-        ours[f'{layer}.weight'] = ours[f'{layer}.weight'] * gamma[:, None]
+        gamma, weight = ours.pop(name), ours.get(f'{layer}.weight')
+        if weight is None or len(weight) != len(gamma):
+            raise UsageError(f'{name} has {len(gamma)} factors and no {layer}.weight with as many outputs: '
+                             'the weights are damaged')
+        ours[f'{layer}.weight'] = weight * gamma[:, None]
+        if len(ours.get(f'{layer}.bias', gamma)) != len(gamma):
+            raise UsageError(f'{layer}.bias has {len(ours[f"{layer}.bias"])} numbers and its layer {len(gamma)} '
+                             'outputs: the weights are damaged')
         if f'{layer}.bias' in ours:
             ours[f'{layer}.bias'] = ours[f'{layer}.bias'] * gamma
     return {'encoder.blocks': 'LayerScale folded into attn.proj and mlp.fc2'} if scales else {}
@@ -147,6 +184,7 @@ def our_tensors(
 ) -> tuple[dict, dict]:     # the tensors under our names, and name -> what was done to them
     "Any known layout under our names, with the parts of other models folded in; `UsageError` for what ours lack."
     ours = to_ours(state)
+    _check_axes(ours)
     if own or layout_of(state) == 'mae_nb':
         return ours, {}
     changes = _fold_layer_scale(ours)

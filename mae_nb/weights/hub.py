@@ -54,8 +54,9 @@ def load_model(
 ) -> nn.Module:
     "A masked autoencoder or a classifier, as the file holds it."
     weights = open_weights(where)
-    head = 'num_classes' in weights.options or any(k.startswith(('head.', 'classifier.')) for k in weights.state)
-    return (load_classifier if head else load_mae)(weights, **changes)
+    heads = [name for name in weights.state if name.startswith(('head.', 'heads.', 'classifier.'))]
+    is_classifier = 'num_classes' in weights.options or bool(heads)
+    return (load_classifier if is_classifier else load_mae)(weights, **changes)
 
 def save_pretrained(
     model:nn.Module,      # with a `config`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'layout_of', 'from_official', 'to_official', 'to_timm', 'from_hf', 'from_torchvision', 'from_lightly',
-           'to_hf', 'to_ours', 'our_state']
+           'to_hf', 'to_ours', 'model_kind', 'our_state']
 
 # %% ../../nbs/weights/01_layouts.ipynb #690f1052
 import re
@@ -142,7 +142,12 @@ def from_hf(
         absent = [k for k in parts if k not in ours]
         if absent:
             raise UsageError(f'the weights hold {query} but not {", ".join(absent)}')
-        ours[query.replace('.attn.q.', '.attn.qkv.')] = torch.cat([ours.pop(k) for k in parts])
+        tensors = [ours.pop(k) for k in parts]
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) > 1 or () in shapes:
+            raise UsageError(f'{query} and its key and value have the shapes {", ".join(map(str, sorted(shapes)))}, '
+                             'expected the same one: the weights are damaged')
+        ours[query.replace('.attn.q.', '.attn.qkv.')] = torch.cat(tensors)
     return ours
 
 # %% ../../nbs/weights/01_layouts.ipynb #d928cfd4
@@ -226,6 +231,14 @@ def to_ours(
     translate = {'mae_nb': dict, 'official': from_official, 'timm': from_official, 'hf': from_hf,
                  'torchvision': from_torchvision, 'lightly': from_lightly}
     return translate[layout_of(state)](state)
+
+def model_kind(
+    ours:dict,  # tensors under our names
+) -> str:       # mae, classifier or encoder
+    "The kind of model that has these tensors."
+    if 'decoder.pred.weight' in ours:
+        return 'mae'
+    return 'classifier' if 'head.weight' in ours else 'encoder'
 
 def our_state(
     model:nn.Module,  # an MAE, an encoder or a classifier

@@ -24,7 +24,7 @@ from ..model.encoder import Encoder
 from ..model.mae import MAE, SIZES
 from .fitting import fit_channels, fit_positions, our_tensors
 from .layouts import LAYOUTS, layout_of
-from .reading import Weights, open_weights
+from .reading import Weights, open_weights, stated_patches
 from .stated import check_stated, patch_count
 
 # %% ../../nbs/weights/04_loading.ipynb #6963a13f
@@ -35,7 +35,7 @@ class LoadReport:
     missing: list  # names of the model's tensors that the file lacks
     unused: list   # names in the file that the model has no place for
     changed: dict = field(default_factory=dict)  # names of loaded tensors that were made to fit, and how
-    ignored: list = field(default_factory=list)  # what else stood in or beside the file and changes no prediction
+    ignored: list = field(default_factory=list)  # other content in or beside the file, which changes no prediction
 
     def __str__(self):
         text = f'{len(self.loaded)} tensors loaded'
@@ -92,7 +92,7 @@ def _check_tensor(
     "Raise where a value of the file cannot be copied into the model's tensor."
     is_number = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() == wanted.is_floating_point()
     if not is_number or tensor.layout != torch.strided:
-        raise UsageError(f'{name} is no tensor of numbers like the model\'s')
+        raise UsageError(f'{name} is not a tensor of numbers like the model\'s')
     if tensor.is_meta or wanted.is_meta:
         raise UsageError(f'{name} is on the meta device and has no values: create the model on a real one')
     if tensor.shape != wanted.shape:
@@ -145,7 +145,7 @@ def fill(
     model:nn.Module,    # filled in place, or left as it was on an error
     state:dict,         # tensors under the model's own names
     strict:bool=False,  # missing or unused tensors are an error
-    old_grid:tuple[int, int]|None=None,  # (rows, columns) the positions were made for; if None the model's or a square
+    old_grid:tuple[int, int]|None=None,  # (rows, columns) the positions were made for; see `fit_positions` for None
     skip:tuple=(),      # beginnings of names to leave out, such as 'head.'
 ) -> LoadReport:
     "Load tensors by name and report what fitted; `model.not_loaded` keeps the missing names."
@@ -266,7 +266,7 @@ def _patches(
     "How many patches the weights are of: as caller or file state, or else as many as the model has."
     encoder = model.encoder if isinstance(model, MAE) else model
     grid = old_grid or (encoder.grid if isinstance(encoder, Encoder) else None)
-    stated = None if old_grid else patch_count(weights.state, weights.options.get('img_size'))
+    stated = None if old_grid else stated_patches(weights)
     return stated or (grid and grid[0] * grid[1])
 
 def load_weights(

@@ -137,7 +137,7 @@ def _download(
             if e.code == 416:
                 part.unlink(missing_ok=True)
             elif e.code < 500:
-                raise UsageError(f'{url} cannot be fetched: the server says {e.code} {e.reason}') from e
+                raise UsageError(f'{url} cannot be fetched: the server answers {e.code} {e.reason}') from e
             reason = f'{e.code} {e.reason}'
         except (OSError, http.client.HTTPException) as e:
             reason = str(getattr(e, 'reason', e)) or type(e).__name__

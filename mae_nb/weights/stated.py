@@ -27,7 +27,7 @@ class Stated:
     ignored: list = field(default_factory=list)  # fields that change no prediction, and unknown ones
 
     def __or__(self, other):
-        "Both together; what the second one states comes first."
+        "Both together; the second one has priority."
         return Stated(self.options | other.options, self.about | other.about,
                       self.used + other.used, self.ignored + other.ignored)
 
@@ -55,8 +55,8 @@ def read_fields(
     return stated
 
 def _as(option:str) -> Callable:
-    "A rule: the field is this option of ours."
-    return lambda value: {option: value}
+    "A rule: the field is this option of ours; None states nothing."
+    return lambda value: {} if value is None else {option: value}
 
 def _only(*allowed, why:str) -> Callable:
     "A rule: the field must have one of these values, for other ones compute something else."
@@ -67,7 +67,7 @@ def _only(*allowed, why:str) -> Callable:
     return check
 
 def _seen(value) -> dict:
-    "A rule: the tensors show what this field says, and are believed."
+    "A rule: the tensors determine this, and the field changes nothing."
     return {}
 
 # %% ../../nbs/weights/00_stated.ipynb #b67f5c46
@@ -83,7 +83,7 @@ def _label_names(id2label:dict) -> dict:
     return {} if names == [f'LABEL_{i}' for i in range(len(names))] else dict(classes=names)
 
 def _classes(id2label:dict) -> dict:
-    "How many classes there are, to be held against the head."
+    "The number of classes, to be compared with the head."
     return dict(num_classes=len(id2label)) if id2label else {}
 
 _GELU = _only('gelu', 'gelu_python', why='its model computes with another activation than the gelu of ours')
@@ -166,7 +166,7 @@ def _official_name(model) -> dict:
     name = 'mae_' + str(model).removeprefix('mae_')
     return dict(name=name) if name in SIZES else {}
 
-_ARGS = dict(model=_official_name, norm_pix_loss=_target, mask_ratio=_as('mask_ratio'), nb_classes=_as('num_classes'),
+_ARGS = dict(model=_official_name, norm_pix_loss=_target, mask_ratio=_as('mask_ratio'), nb_classes=_count,
              global_pool=lambda pool: dict(pool='avg' if pool else 'cls'))
 
 def _held_fields(content) -> dict:
@@ -174,16 +174,17 @@ def _held_fields(content) -> dict:
     return vars(content) if isinstance(content, argparse.Namespace) else content if isinstance(content, dict) else {}
 
 def _stated_by_args(fields:dict) -> Stated:
-    "What the official command line says: fine-tuning has no use for a mask ratio, and ignores it."
+    "The options in an official command line; fine-tuning ignores its mask ratio."
     rules = _ARGS if 'norm_pix_loss' in fields else {k: v for k, v in _ARGS.items() if k != 'mask_ratio'}
     return read_fields(fields, rules, 'args')
 
 def _arch(name) -> dict:
-    "What timm's training script says of the architecture; other programs use the word for other names."
+    "The architecture in a checkpoint of timm's training script, which may have trained it at another image size."
     try:
-        return _architecture(name)
-    except (UsageError, TypeError):
+        stated = _architecture(name)
+    except (UsageError, TypeError):   # other programs use the word for other names
         return {}
+    return {option: value for option, value in stated.items() if option != 'img_size'}
 
 def stated_by_checkpoint(
     content:dict,  # what a pickle holds, without the tensors
@@ -252,7 +253,7 @@ def patch_count(
 ) -> int|None:
     "How many patches an image of the stated size has."
     patch = next((v for v in state.values() if v.ndim == 4), None)   # a vision transformer has one convolution
-    if img_size is None or patch is None:
+    if img_size is None or patch is None or 0 in patch.shape:
         return None
     rows, columns = to_pair(img_size)
     return rows // patch.shape[-1] * (columns // patch.shape[-1])
@@ -279,4 +280,4 @@ def check_stated(
         fits = patch_count(ours, stated['img_size']) == table[1] - 1
         held['img_size'] = stated['img_size'] if fits else f'of {table[1] - 1} patches'
     for name in [k for k in held if k in stated and stated[k] != held[k]]:
-        raise UsageError(f'its configuration says {name} {stated[name]} and its tensors {held[name]}')
+        raise UsageError(f'its configuration states {name} {stated[name]} and its tensors {held[name]}')

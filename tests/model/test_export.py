@@ -10,6 +10,7 @@ from torch.export import Dim
 from mae_nb.model.classifier import create_classifier
 from mae_nb.model.mae import MASKS, create_mae
 from mae_nb.model.masking import stable_order
+from mae_nb.model.patches import patchify
 
 SIZE = dict(in_chans=3, dim=32, depth=1, num_heads=2)
 DECODER = dict(decoder_dim=16, decoder_depth=1, decoder_heads=2)
@@ -30,7 +31,10 @@ class Plain(nn.Module):
 def make_mae(**options):
     "A masked autoencoder that is built in no time."
     torch.manual_seed(0)
-    return create_mae(NAME, **SIZE, **DECODER, **options).eval()
+    model = create_mae(NAME, **SIZE, **DECODER, **options).eval()
+    if 'target_size' in options:
+        model.target.fit(patchify(IMGS, 4).flatten(0, 1))
+    return model
 
 def make_classifier(pool='avg'):
     "A classifier whose logits are not all zero."
@@ -40,7 +44,9 @@ def make_classifier(pool='avg'):
     return model
 
 MAES = {mask: dict(mask=mask) for mask in MASKS} | dict(
-    cross=dict(decoder='cross'), tokens=dict(encoder_mask_tokens=True), every=dict(loss_on='all'))
+    cross=dict(decoder='cross'), tokens=dict(encoder_mask_tokens=True), every=dict(loss_on='all'),
+    pixels=dict(target='pixels'), components=dict(target='pca', target_size=8),
+    words=dict(target='tokens', target_size=16))
 MODELS = dict(encoder=lambda: make_mae().encoder, avg=make_classifier, cls=lambda: make_classifier('cls'))
 MODELS |= {name: lambda options=options: Plain(make_mae(**options)) for name, options in MAES.items()}
 EVERY = pytest.mark.parametrize('name', MODELS)

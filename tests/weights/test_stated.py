@@ -153,7 +153,8 @@ def test_as_many_patches_of_another_grid():
     table = torch.randn(1, 17, 32)
     theirs = VisionTransformer(**TIMM | dict(img_size=16)).state_dict() | {'pos_embed': table}
     model = create_classifier(NANO, 3, 'cls', **SIZE, img_size=(8, 32))
-    report = load_weights(model, theirs)
+    with pytest.warns(UserWarning, match='may be of 4x4 or of 2x8 patches: the square is assumed'):
+        report = load_weights(model, theirs)
     assert report.changed == {'pos_embed': 'resized from 4x4 to 2x8 patches'}
     assert torch.equal(model.pos_embed[0], resize_positions(table[0], (4, 4), (2, 8)))
     kept = load_weights(model, theirs, old_grid=(2, 8))
@@ -174,7 +175,7 @@ def test_a_fixed_table_shows_its_grid():
 def test_a_table_of_no_grid_is_refused():
     state = VisionTransformer(**TIMM | dict(img_size=(8, 12))).state_dict()
     model = create_classifier(NANO, 3, 'cls', **SIZE, img_size=(12, 8))
-    with pytest.raises(UsageError, match='has 6 positions, which is no square grid: say which it is, old_grid='):
+    with pytest.raises(UsageError, match='has 6 positions, which is not a square grid: pass old_grid='):
         load_weights(model, state)
 
 # parts

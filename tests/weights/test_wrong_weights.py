@@ -78,7 +78,7 @@ def other_models(folder, state):
         'patch.pth': (OfficialShape(chans=4, patch=8).state_dict(), 'has shape'),
         'resnet.pth': (timm.create_model('resnet18').state_dict(), 'none of the .* tensors has a name'),
         'words.pth': (state | {'blocks.0.attn.qkv.weight': 'text'}, 'holds no state dict'),
-        'integers.pth': (state | {'blocks.0.norm1.weight': torch.zeros(96, dtype=torch.long)}, 'no tensor of numbers'),
+        'integers.pth': (state | {'blocks.0.norm1.weight': torch.zeros(96, dtype=torch.long)}, 'is not a tensor'),
     }
     for name, (content, _) in contents.items():
         torch.save(content, folder/name)
