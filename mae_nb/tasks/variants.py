@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'SEVERITIES', 'ALEXNET_ERRORS', 'imagenet_wnids', 'Varian
            'check_variant', 'missing_classes', 'corruption_errors', 'corruption_folders', 'open_corruptions',
            'paper_score']
 
-# %% ../../nbs/tasks/19_variants.ipynb #46a510dc
+# %% ../../nbs/tasks/19_variants.ipynb #2eaba744
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +21,7 @@ from ..base.names import pick
 from ..data.datasets import ImageSet, folder_set
 from .paper import PAPER
 
-# %% ../../nbs/tasks/19_variants.ipynb #15b0dfff
+# %% ../../nbs/tasks/19_variants.ipynb #432c0373
 @cache
 def imagenet_wnids(
     subset:str='',  # 'a' or 'r': the 200 of ImageNet-A or ImageNet-R; all 1,000 if empty
@@ -30,7 +30,7 @@ def imagenet_wnids(
     name = f'imagenet_{pick(subset, ("a", "r"), "subset of ImageNet")}' if subset else 'imagenet'
     return tuple((files('timm')/'data'/'_info'/f'{name}_synsets.txt').read_text().split())
 
-# %% ../../nbs/tasks/19_variants.ipynb #125804cb
+# %% ../../nbs/tasks/19_variants.ipynb #80589628
 @dataclass(frozen=True)
 class Variant:
     "One of ImageNet's other test sets."
@@ -53,7 +53,7 @@ VARIANTS = {
     'imagenet-c': Variant('ImageNet-C', paper='corruptions', corrupted=True),
 }
 
-# %% ../../nbs/tasks/19_variants.ipynb #af4a92f0
+# %% ../../nbs/tasks/19_variants.ipynb #6923f453
 @dataclass(frozen=True)
 class Matching:
     "Which outputs of a head compete, and which of them stands for each class of a data set."
@@ -93,7 +93,7 @@ def _output_names(where:str, classes:list, count:int, stated:list) -> tuple[list
     raise UsageError(f'{where} has {len(classes)} classes, such as {classes[0]!r}, and the head {count} outputs '
                      'without names: they cannot be matched')
 
-# %% ../../nbs/tasks/19_variants.ipynb #777afd87
+# %% ../../nbs/tasks/19_variants.ipynb #cc083fb1
 def name_classes(
     images:ImageSet,   # of a variant
     variant:Variant,   # which one
@@ -131,7 +131,7 @@ def missing_classes(
     return (f'{images.name} has pictures of {present} of the {len(variant.classes):,} classes of {variant.title}: '
             'its score is not that of the whole set')
 
-# %% ../../nbs/tasks/19_variants.ipynb #969875be
+# %% ../../nbs/tasks/19_variants.ipynb #82600f6a
 SEVERITIES = 1, 2, 3, 4, 5
 ALEXNET_ERRORS = {   # corruption -> top-1 error of AlexNet, mean of the five severities (Hendrycks and Dietterich 2019)
     'gaussian_noise': .886428, 'shot_noise': .894468, 'impulse_noise': .922640, 'defocus_blur': .819880,
@@ -152,7 +152,7 @@ def corruption_errors(
     return dict(mce=float(np.mean([*relative.values()])), mean_error=float(np.mean([*means.values()])),
                 by_corruption=relative)
 
-# %% ../../nbs/tasks/19_variants.ipynb #df1921d7
+# %% ../../nbs/tasks/19_variants.ipynb #41d89292
 def corruption_folders(
     folder:str|Path,  # with a folder for each corruption, or with folders such as blur, noise, ... that have them
 ) -> dict:            # (corruption, severity) -> its folder, all 75
@@ -186,7 +186,7 @@ def open_corruptions(
         check_variant(images, VARIANTS['imagenet-c'])
     return sets
 
-# %% ../../nbs/tasks/19_variants.ipynb #e4b943e5
+# %% ../../nbs/tasks/19_variants.ipynb #a30f1853
 _PAPER_MODELS = {   # (name, side in pixels) -> a column of Tables 3 and 13
     ('mae_vit_base_patch16', 224): 'ViT-B', ('mae_vit_large_patch16', 224): 'ViT-L',
     ('mae_vit_huge_patch14', 224): 'ViT-H', ('mae_vit_huge_patch14', 448): 'ViT-H, 448 px'}
