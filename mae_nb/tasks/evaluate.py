@@ -6,11 +6,11 @@
 __all__ = ['DTYPES', 'Judged', 'judge', 'calibration', 'start_folder', 'write_judged', 'draw_calibration', 'EvalOptions',
            'open_evaluation', 'evaluate', 'write_corruptions', 'evaluation_text']
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #6f1ee539
+# %% ../../nbs/tasks/21_evaluate.ipynb #ac3ca231
 import csv
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..base.processes import broadcast_value, gather_values, print_once, process
 from ..data.crops import Transform, eval_crop
 from ..data.datasets import ImageSet
 from .batches import (
-    all_batches, as_expected, crop_by_name, image_batches, open_images, picture_name)
+    all_batches, as_expected, check_named, crop_by_name, image_batches, open_images, picture_name)
 from .finetune import write_classes
 from .variants import (
     VARIANTS, Matching, corruption_errors, imagenet_wnids, match_classes, missing_classes, name_classes,
@@ -36,7 +36,7 @@ from ..training.runs import next_run, write_json
 from ..weights.building import load_classifier
 from ..weights.reading import Weights, open_weights
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #cd879a0d
+# %% ../../nbs/tasks/21_evaluate.ipynb #e2d8e197
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 @dataclass
@@ -105,7 +105,7 @@ def _check_finite(table:np.ndarray, images:ImageSet):
         raise FloatingPointError(f'the logits of {len(bad)} of {len(table)} pictures are no numbers, the first of them '
                                  f'{images.place(int(bad[0]))}: try dtype=float32, or check the weights')
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #f0d3acb0
+# %% ../../nbs/tasks/21_evaluate.ipynb #60dcbcf1
 def calibration(
     judged:Judged,  # from `judge`
     bins:int=15,    # of equal width
@@ -121,7 +121,7 @@ def calibration(
         error += count / len(place) * abs(mean - top1)
     return rows, error
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #25a72dbb
+# %% ../../nbs/tasks/21_evaluate.ipynb #6863d750
 def start_folder(
     out:str|Path,  # new or empty
 ) -> Path:         # with `figures` in it
@@ -176,12 +176,12 @@ def draw_calibration(
     save_figure(fig, file, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #de1822cd
+# %% ../../nbs/tasks/21_evaluate.ipynb #bcde5a9b
 @dataclass(frozen=True)
 class EvalOptions:
     "What an evaluation is made from: the flags of `mae-eval`, or the same in Python."
-    data:str                # a data set's name, or a folder of any kind that the data room opens
-    weights:str             # a run folder, or weights of any layout with a head
+    data:str=None           # a data set's name, or a folder of any kind that the data room opens
+    weights:str=None        # a run folder, or weights of any layout with a head
     variant:str=None        # a key of `VARIANTS`
     part:str=None           # train or val; by default the validation images, or all where there are no parts
     crop:str=None           # official, whole, or a share such as 0.9; official, and whole for ImageNet-C, if None
@@ -195,6 +195,7 @@ class EvalOptions:
     json:str=None           # also write the numbers to this file
 
     def __post_init__(self):
+        check_named(self.data, self.weights)
         check_ranges(bs=self.bs, num_workers=self.num_workers, img_size=self.img_size)
         pick(self.dtype, DTYPES, 'dtype')
         if self.variant is not None:
@@ -226,7 +227,7 @@ def open_evaluation(
         print_once(f'note: {note}')
     return {key: as_expected(images, weights, in_chans) for key, images in sets.items()}
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #47051d34
+# %% ../../nbs/tasks/21_evaluate.ipynb #574267be
 def evaluate(
     options:EvalOptions,  # what is measured, on what
 ) -> dict:                # all numbers; `results.json` has them without those of the clock
@@ -289,7 +290,7 @@ def _write(out:Path, sets:dict, judged:dict, matching:Matching, result:dict):
         write_corruptions(out, judged, matching.names)
     write_json(result, out/'results.json')
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #8ab5773d
+# %% ../../nbs/tasks/21_evaluate.ipynb #f5ee45a0
 def write_corruptions(
     out:Path,      # from `start_folder`
     judged:dict,   # (corruption, severity) -> `Judged`
