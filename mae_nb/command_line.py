@@ -135,11 +135,11 @@ def _with_flags(message:str, func) -> str:
 # %% ../nbs/command_line.ipynb #f72cdaba
 _SUBJECTS = {   # a flag's group in the help
     'what runs': 'study points seeds init model img_size from_scratch blocks fast target mask mask_ratio against task '
-                 'data variant part crop tokens block query k',
+                 'data variant part crop tokens block features query k',
     'how it is trained': 'recipe set epochs max_steps minutes bs seed labels tune rates readout',
     'where it runs': 'device num_workers jobs decode parallel gpus rate memory price dtype steps pairs folder',
-    'what is written': 'out half map resume data_check save_every if_full plan json format max_side quality per_shard '
-                       'skip_bad few debug',
+    'what is written': 'out half map map_by resume data_check save_every if_full plan json format max_side quality '
+                       'per_shard skip_bad few debug',
 }
 _QUESTIONS = {   # flags that are answered instead of a run
     '--help': 'show this help',

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'Judged', 'judge', 'calibration', 'start_folder', 'write_judged', 'draw_calibration', 'EvalOptions',
            'open_evaluation', 'evaluate', 'write_corruptions', 'evaluation_text']
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #ac3ca231
+# %% ../../nbs/tasks/21_evaluate.ipynb #fcaca7da
 import csv
 import time
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from ..training.runs import next_run, write_json
 from ..weights.building import load_classifier
 from ..weights.reading import Weights, open_weights
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #e2d8e197
+# %% ../../nbs/tasks/21_evaluate.ipynb #2ee80ad7
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 @dataclass
@@ -105,7 +105,7 @@ def _check_finite(table:np.ndarray, images:ImageSet):
         raise FloatingPointError(f'the logits of {len(bad)} of {len(table)} pictures are no numbers, the first of them '
                                  f'{images.place(int(bad[0]))}: try dtype=float32, or check the weights')
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #60dcbcf1
+# %% ../../nbs/tasks/21_evaluate.ipynb #4fad8d31
 def calibration(
     judged:Judged,  # from `judge`
     bins:int=15,    # of equal width
@@ -121,7 +121,7 @@ def calibration(
         error += count / len(place) * abs(mean - top1)
     return rows, error
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #6863d750
+# %% ../../nbs/tasks/21_evaluate.ipynb #f48293f0
 def start_folder(
     out:str|Path,  # new or empty
 ) -> Path:         # with `figures` in it
@@ -176,7 +176,7 @@ def draw_calibration(
     save_figure(fig, file, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #bcde5a9b
+# %% ../../nbs/tasks/21_evaluate.ipynb #c691a31b
 @dataclass(frozen=True)
 class EvalOptions:
     "What an evaluation is made from: the flags of `mae-eval`, or the same in Python."
@@ -227,7 +227,7 @@ def open_evaluation(
         print_once(f'note: {note}')
     return {key: as_expected(images, weights, in_chans) for key, images in sets.items()}
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #574267be
+# %% ../../nbs/tasks/21_evaluate.ipynb #fd2299be
 def evaluate(
     options:EvalOptions,  # what is measured, on what
 ) -> dict:                # all numbers; `results.json` has them without those of the clock
@@ -290,7 +290,7 @@ def _write(out:Path, sets:dict, judged:dict, matching:Matching, result:dict):
         write_corruptions(out, judged, matching.names)
     write_json(result, out/'results.json')
 
-# %% ../../nbs/tasks/21_evaluate.ipynb #f5ee45a0
+# %% ../../nbs/tasks/21_evaluate.ipynb #26b17c3d
 def write_corruptions(
     out:Path,      # from `start_folder`
     judged:dict,   # (corruption, severity) -> `Judged`

@@ -1,4 +1,4 @@
-"""Features in a file: the same bytes after a kill, with several workers and several processes, and one line on errors."""
+"""Features in a file: the same bytes after a kill, with several workers and processes, and one line on errors."""
 import os
 import shutil
 import signal
@@ -108,8 +108,8 @@ def test_a_classifier_with_mean_pooling_has_no_norm_behind_its_blocks(photos, tm
     model = create_classifier('mae_vit_nano_patch4_28', 2, **SIZE).eval()
     nn.init.normal_(model.fc_norm.bias)
     save_model(model, tmp_path/'tuned.safetensors', dict(name='made', mean=[.5] * 3, std=[.25] * 3, classes=['a', 'b']))
-    embed(EmbedOptions(str(photos), str(tmp_path/'tuned.safetensors'), str(tmp_path/'x.npy'), tokens='avg', device='cpu',
-                       num_workers=0))
+    weights, out = str(tmp_path/'tuned.safetensors'), str(tmp_path/'x.npy')
+    embed(EmbedOptions(str(photos), weights, out, tokens='avg', device='cpu', num_workers=0))
     images = folder_set(photos)
     images.mean, images.std = (.5,) * 3, (.25,) * 3
     wanted = extract_features(model, images)['avg']

@@ -200,14 +200,11 @@ def test_several_processes_write_the_same_files(photos, tmp_path):
     "The last batch is smaller, and one process has a batch more than the other."
     weights = small_model(tmp_path, ['even', 'odd'])
     evaluate(EvalOptions(str(photos), str(weights), out=str(tmp_path/'one'), bs=7, num_workers=0, device='cpu'))
-    words = ['--nproc-per-node', '2', BIN/'mae-eval'] if (BIN/'mae-eval').exists() else None
-    if words is None:
-        script = tmp_path/'mae-eval'
-        script.write_text('from mae_nb.commands import mae_eval\nmae_eval()\n')
-        words = ['--nproc-per-node', '2', script]
-    done = subprocess.run([BIN/'torchrun', *words, str(photos), str(weights), '--out', 'two', '--bs', '7', '--num-workers',
-                           '1', '--device', 'cpu'], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+    script = tmp_path/'mae-eval'
+    script.write_text('from mae_nb.commands import mae_eval\nmae_eval()\n')
+    words = [photos, weights, '--out', 'two', '--bs', '7', '--num-workers', '1', '--device', 'cpu']
+    done = subprocess.run([BIN/'torchrun', '--nproc-per-node', '2', script, *words], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
     for name in ('results.json', 'predictions.csv', 'classes.csv'):
         assert (tmp_path/'one'/name).read_bytes() == (tmp_path/'two'/name).read_bytes(), name
