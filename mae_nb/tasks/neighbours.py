@@ -6,7 +6,7 @@
 __all__ = ['MAPS', 'nearest', 'check_same_pictures', 'choose_queries', 'draw_neighbours', 'flatten', 'draw_map',
            'NeighbourOptions', 'neighbours']
 
-# %% ../../nbs/tasks/23_neighbours.ipynb #bc1631df
+# %% ../../nbs/tasks/23_neighbours.ipynb #30ba58c4
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..data.datasets import ImageSet
 from .batches import crop_by_name, open_images, picture_name
 from .embed import Embeddings, read_embeddings
 
-# %% ../../nbs/tasks/23_neighbours.ipynb #e8ac6834
+# %% ../../nbs/tasks/23_neighbours.ipynb #17192c1d
 def nearest(
     features:np.ndarray,  # (n, d)
     queries:np.ndarray,   # (m, d)
@@ -58,7 +58,7 @@ def _unit(vectors:np.ndarray) -> torch.Tensor:
     "Vectors of length one, float32."
     return F.normalize(torch.from_numpy(np.array(vectors, dtype=np.float32)), dim=1)
 
-# %% ../../nbs/tasks/23_neighbours.ipynb #988dd570
+# %% ../../nbs/tasks/23_neighbours.ipynb #f4dbc322
 def check_same_pictures(
     images:ImageSet,         # the data set
     embeddings:Embeddings,   # made of it
@@ -114,7 +114,7 @@ def draw_neighbours(
     save_figure(fig, file, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/tasks/23_neighbours.ipynb #8dceb213
+# %% ../../nbs/tasks/23_neighbours.ipynb #9d321aac
 MAPS = 'pca', 'umap'
 
 def flatten(
@@ -161,7 +161,7 @@ def draw_map(
     save_figure(fig, file, dpi=110)
     plt.close(fig)
 
-# %% ../../nbs/tasks/23_neighbours.ipynb #d579c2de
+# %% ../../nbs/tasks/23_neighbours.ipynb #97bfc081
 @dataclass(frozen=True)
 class NeighbourOptions:
     "What is searched: the flags of `mae-neighbours`, or the same in Python."
