@@ -6,7 +6,7 @@
 __all__ = ['TOKENS', 'PART_BYTES', 'token_features', 'feature_shape', 'EmbedOptions', 'Parts', 'fill_parts', 'join_parts',
            'Embeddings', 'read_embeddings', 'embed']
 
-# %% ../../nbs/tasks/22_embed.ipynb #2202bde9
+# %% ../../nbs/tasks/22_embed.ipynb #0a3d5f2a
 import csv
 import hashlib
 import json
@@ -34,7 +34,7 @@ from ..training.progress import Steps
 from ..weights.building import load_encoder
 from ..weights.reading import open_weights
 
-# %% ../../nbs/tasks/22_embed.ipynb #185be624
+# %% ../../nbs/tasks/22_embed.ipynb #80756a25
 TOKENS = 'cls', 'avg', 'patches'   # the class token, the mean of the patches, each patch
 
 def token_features(
@@ -54,7 +54,7 @@ def feature_shape(
     rows, columns = encoder.grid
     return (rows * columns, encoder.dim) if tokens == 'patches' else (encoder.dim,)
 
-# %% ../../nbs/tasks/22_embed.ipynb #5d0e2f18
+# %% ../../nbs/tasks/22_embed.ipynb #53e4b7c0
 @dataclass(frozen=True)
 class EmbedOptions:
     "What features are made from: the flags of `mae-embed`, or the same in Python."
@@ -88,7 +88,7 @@ class EmbedOptions:
         "Of a number in the file."
         return 2 if self.half else 4
 
-# %% ../../nbs/tasks/22_embed.ipynb #b862333c
+# %% ../../nbs/tasks/22_embed.ipynb #94be958d
 PART_BYTES = 2**26   # of a part's features, about
 
 class Parts:
@@ -140,7 +140,7 @@ class Parts:
             raise UsageError(f'{self.folder} was started on other data ({"; ".join(changes)}): put it back, or remove '
                              'the folder')
 
-# %% ../../nbs/tasks/22_embed.ipynb #690d2a52
+# %% ../../nbs/tasks/22_embed.ipynb #48eae2c8
 @torch.inference_mode()
 def fill_parts(
     parts:Parts,              # where they go
@@ -170,7 +170,7 @@ def fill_parts(
                                      'dtype=float32, or check the weights')
         parts.write(number, features.numpy())
 
-# %% ../../nbs/tasks/22_embed.ipynb #27458e15
+# %% ../../nbs/tasks/22_embed.ipynb #3d589d9a
 def join_parts(
     parts:Parts,       # all of them exist
     images:ImageSet,   # the pictures
@@ -252,7 +252,7 @@ def read_embeddings(
     return Embeddings([r['name'] for r in rows], [int(r['label']) if r['label'] else None for r in rows],
                       [r['class'] or None for r in rows], features)
 
-# %% ../../nbs/tasks/22_embed.ipynb #9e96c7f5
+# %% ../../nbs/tasks/22_embed.ipynb #ef716cc5
 def embed(
     options:EmbedOptions,  # which features of what
 ) -> Path:                 # the file
