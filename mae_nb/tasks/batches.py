@@ -6,7 +6,7 @@
 __all__ = ['all_batches', 'open_images', 'check_named', 'ShareCrop', 'crop_by_name', 'as_expected', 'default_workers',
            'image_batches', 'picture_name']
 
-# %% ../../nbs/tasks/20_batches.ipynb #54a4f161
+# %% ../../nbs/tasks/20_batches.ipynb #f1c6b5d6
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,10 +26,10 @@ from ..data.datasets import SOURCES, ImageSet, encoded_parts, folder_set, read_s
 from ..data.images import printable, quiet_worker, standardize
 from ..data.inventory import split_folders
 from ..data.loader import Samples, collate
-from ..data.shards import INDEX
+from ..data.shards import INDEX, Packed
 from ..weights.reading import Weights
 
-# %% ../../nbs/tasks/20_batches.ipynb #67dfb457
+# %% ../../nbs/tasks/20_batches.ipynb #021aca6d
 def all_batches(
     n:int,   # pictures
     bs:int,  # of a batch; the last one may have fewer
@@ -37,7 +37,7 @@ def all_batches(
     "The batches of a set, from first to last."
     return [range(start, min(start + bs, n)) for start in range(0, n, bs)]
 
-# %% ../../nbs/tasks/20_batches.ipynb #ea9f93e2
+# %% ../../nbs/tasks/20_batches.ipynb #0e6779f2
 def open_images(
     source:str|Path,       # a key of `SOURCES`; a folder of images, packed, of ImageNet's tars or parquet; an address
     part:str|None=None,    # 'train' or 'val'; the validation images if None, or all where there are no parts
@@ -88,7 +88,7 @@ def _validation_tar(folder:Path) -> ImageSet:
     classes, labels = np.unique(wnids, return_inverse=True)
     return ImageSet(f'{folder}/val', TarMembers(folder/VAL_TAR, members), labels, classes.tolist())
 
-# %% ../../nbs/tasks/20_batches.ipynb #47ca1240
+# %% ../../nbs/tasks/20_batches.ipynb #3e0944af
 def check_named(
     data:str|None,     # a data set
     weights:str|None,  # of a model
@@ -99,7 +99,7 @@ def check_named(
     if weights is None:
         raise UsageError('name the weights: a run folder or a file')
 
-# %% ../../nbs/tasks/20_batches.ipynb #800156e7
+# %% ../../nbs/tasks/20_batches.ipynb #71fe3d1e
 @dataclass(frozen=True)
 class ShareCrop(Transform):
     "The middle of an image of which a share of the shorter side is shown; nothing is random."
@@ -128,7 +128,7 @@ def crop_by_name(
         raise UsageError(f"crop={name!r} is no evaluation crop: use official, whole, or a share such as 0.9")
     return ShareCrop(share)
 
-# %% ../../nbs/tasks/20_batches.ipynb #907a850b
+# %% ../../nbs/tasks/20_batches.ipynb #b1df7490
 def as_expected(
     images:ImageSet,    # to be read
     weights:Weights,    # which may state mean and deviation of their images
@@ -145,7 +145,7 @@ def as_expected(
                          'choose other images or weights')
     return images
 
-# %% ../../nbs/tasks/20_batches.ipynb #d9f531aa
+# %% ../../nbs/tasks/20_batches.ipynb #3b07ef72
 def default_workers(
     images:ImageSet,  # to be read
 ) -> int:
@@ -175,15 +175,18 @@ def image_batches(
                              'mend it or move it away')
         yield standardize(imgs.to(device, non_blocking=True), images.mean, images.std), index
 
-# %% ../../nbs/tasks/20_batches.ipynb #f1b15291
+# %% ../../nbs/tasks/20_batches.ipynb #2717e8e6
 def picture_name(
     images:ImageSet,  # a set
     i:int,            # a picture's number
 ) -> str:
     "The name of a picture inside its set; the path to the set itself is left out."
-    if isinstance(images.items, Encoded):
-        return images.items.name(i)
-    if images.in_memory or isinstance(images.items[i], bytes):
+    items = images.items
+    if isinstance(items, Packed):   # the shard's path is no part of it
+        return items.name(i).rpartition(f' in {items.uri or items.folder}/')[0]
+    if isinstance(items, Encoded):
+        return items.name(i)
+    if images.in_memory or isinstance(items[i], bytes):
         return str(i)
-    path, base = Path(images.items[i]), Path(images.name)
+    path, base = Path(items[i]), Path(images.name)
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name

@@ -114,6 +114,39 @@ def test_torchvisions_classifier_is_read_and_measured(photographs, tmp_path):
     assert (our_logits(ours, images, 6) - wanted).abs().max() / wanted.abs().max() < 2e-3
 
 
+def test_transformers_classifier_is_read_and_measured(photographs, tmp_path):
+    "Its names are no wnids, so the usual order of the 1,000 holds, and the result says so."
+    from transformers import ViTConfig, ViTForImageClassification
+    torch.manual_seed(0)
+    theirs = ViTForImageClassification(ViTConfig(
+        image_size=224, patch_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=256, layer_norm_eps=1e-6, num_labels=1000)).eval()
+    nn.init.normal_(theirs.classifier.weight)
+    theirs.save_pretrained(tmp_path/'vit')
+    images = folder_set(photographs)
+    with torch.no_grad():
+        wanted = theirs(torchvision_pixels([images.items[i] for i in range(6)])).logits
+    assert (our_logits(load_classifier(tmp_path/'vit'), images, 6) - wanted).abs().max() / wanted.abs().max() < 2e-3
+    (tmp_path/'few').mkdir()
+    for wnid in images.classes[3:5]:
+        (tmp_path/'few'/wnid).symlink_to(photographs/wnid)
+    result = evaluate(EvalOptions(str(tmp_path/'few'), str(tmp_path/'vit'), out=str(tmp_path/'out'), device='cpu'))
+    assert (result['samples'], result['outputs']) == (2, 1000) and 'by wnid' in result['matched']
+
+
+def test_packed_and_plain_data_give_the_same_numbers(photos, tmp_path):
+    "One row for each picture, under the same name."
+    from mae_nb.data.packing import pack_source
+    weights = small_model(tmp_path, ['even', 'odd'])
+    pack_source(str(photos), str(tmp_path/'packed'), num_workers=0)
+    tables = []
+    for source in ('photos', 'packed'):
+        out = tmp_path/f'of_{source}'
+        evaluate(EvalOptions(str(tmp_path/source), str(weights), out=str(out), num_workers=0, device='cpu'))
+        tables.append((out/'predictions.csv').read_text())
+    assert tables[0] == tables[1] and 'odd/001.png' in tables[0]
+
+
 class ByNumber(nn.Module):
     "Made-up logits: a row of a table for each picture, which a set of one-coloured pictures numbers."
     def __init__(self, table):
