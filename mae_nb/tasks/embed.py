@@ -77,7 +77,7 @@ class EmbedOptions:
         check_named(self.data, self.weights)
         if self.out is None:
             raise UsageError('name the file to write with `out`: features.parquet or features.npy')
-        check_ranges(bs=self.bs, num_workers=self.num_workers, img_size=self.img_size)
+        check_ranges(bs=self.bs, num_workers=self.num_workers, img_size=self.img_size, block=self.block)
         pick(self.dtype, DTYPES, 'dtype')
         pick(self.tokens, TOKENS, 'tokens')
         if Path(self.out).suffix not in ('.npy', '.parquet'):

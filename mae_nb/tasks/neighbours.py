@@ -180,9 +180,7 @@ class NeighbourOptions:
         for name in ('features', 'data'):
             if getattr(self, name) is None:
                 raise UsageError(f'name the {name}: a file from mae-embed, and the data set that it was made of')
-        check_ranges(seed=self.seed)
-        if not isinstance(self.k, int) or self.k < 1:
-            raise UsageError(f'`k` must be a whole number, at least 1, got {self.k!r}')
+        check_ranges(k=self.k, seed=self.seed)
         pick(self.map_by, MAPS, 'map')
 
 def neighbours(
