@@ -907,6 +907,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'mae_nb/tasks/evaluate.py'),
                                        'mae_nb.tasks.evaluate._draw_corruptions': ( 'tasks/evaluate.html#_draw_corruptions',
                                                                                     'mae_nb/tasks/evaluate.py'),
+                                       'mae_nb.tasks.evaluate._judge_all': ('tasks/evaluate.html#_judge_all', 'mae_nb/tasks/evaluate.py'),
                                        'mae_nb.tasks.evaluate._result': ('tasks/evaluate.html#_result', 'mae_nb/tasks/evaluate.py'),
                                        'mae_nb.tasks.evaluate._rows': ('tasks/evaluate.html#_rows', 'mae_nb/tasks/evaluate.py'),
                                        'mae_nb.tasks.evaluate._scores': ('tasks/evaluate.html#_scores', 'mae_nb/tasks/evaluate.py'),

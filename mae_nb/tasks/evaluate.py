@@ -242,13 +242,13 @@ def evaluate(
                              variant.classes if variant and variant.subset else None)
     crop = crop_by_name(options.crop_name)
     out = start_folder(options.out or next_run('evaluate'))
-    total = sum(len(all_batches(len(images), options.bs)[rank()::processes()]) for images in sets.values())
-    start, judged = time.perf_counter(), {}
-    with Steps(total, 'evaluating') as steps:
-        tick = steps.tick if rank() == 0 else None
-        for key, images in sets.items():
-            judged[key] = judge(model, images, matching, size=model.img_size, transform=crop, bs=options.bs,
-                                num_workers=options.num_workers, dtype=options.dtype, tick=tick)
+    start = time.perf_counter()
+    try:
+        judged = _judge_all(options, model, sets, matching, crop)
+    except BaseException:
+        if rank() == 0:
+            (out/'figures').rmdir()   # so that the same call can be made again
+        raise
     seconds = time.perf_counter() - start
     result = _result(options, model, first, matching) | _scores(judged) | _beside(options, model, first)
     if rank() == 0:
@@ -258,6 +258,15 @@ def evaluate(
     print_once(evaluation_text(result | pace))
     print_once(f'folder      {out}')
     return result | pace
+
+def _judge_all(options:EvalOptions, model:nn.Module, sets:dict, matching:Matching, crop:Transform) -> dict:
+    "Key of each set -> `Judged`, with progress."
+    total = sum(len(all_batches(len(images), options.bs)[rank()::processes()]) for images in sets.values())
+    common = dict(size=model.img_size, transform=crop, bs=options.bs, num_workers=options.num_workers,
+                  dtype=options.dtype)
+    with Steps(total, 'evaluating') as steps:
+        tick = steps.tick if rank() == 0 else None
+        return {key: judge(model, images, matching, tick=tick, **common) for key, images in sets.items()}
 
 def _result(options:EvalOptions, model:nn.Module, images:ImageSet, matching:Matching) -> dict:
     "What was measured."

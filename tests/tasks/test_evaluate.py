@@ -279,8 +279,9 @@ def test_what_cannot_be_measured_gets_one_line(forked, photos, tmp_path):
         got = forked('mae-eval', *words, '--device', 'cpu', '--num-workers', '0')
         assert got.code == 2 and message in got.line, (words, got)
     (photos/'odd'/'001.png').write_bytes(b'nothing')
-    got = forked('mae-eval', photos, weights, '--device', 'cpu', '--num-workers', '0')
+    got = forked('mae-eval', photos, weights, '--device', 'cpu', '--num-workers', '0', '--out', 'begun')
     assert got.code == 2 and 'odd/001.png cannot be read as an image' in got.line
+    assert not any((tmp_path/'begun').iterdir())   # so that the same command works once the picture is mended
 
 
 def test_imagenet_c_from_its_folders(tmp_path):
