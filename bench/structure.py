@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # an import goes up this list only
-PACKAGES = ('base', 'model', 'data', 'weights', 'training', 'tasks', 'measure', 'command_line', 'commands', 'all')
+PACKAGES = ('base', 'model', 'data', 'weights', 'training', 'tasks', 'measure', 'command_line',
+            'model_commands', 'commands', 'all')
 COMMANDS = ('demo', 'pretrain', 'finetune', 'probe', 'show', 'convert', 'replay', 'pack', 'bench', 'plan', 'check',
             'study')
 

@@ -62,10 +62,14 @@ PUBLIC = {   # module -> its public names
     'tasks.study_points': 'STUDIES',
     'tasks.study_runs': 'StudyOptions',
     'tasks.study': 'run_study',
+    'tasks.evaluate': 'EvalOptions evaluate',
+    'tasks.embed': 'EmbedOptions embed read_embeddings',
+    'tasks.neighbours': 'NeighbourOptions neighbours',
     'measure.bench': 'random_images',
     'measure.plan': 'DATASETS fit_batch make_plan',
     'commands': '''mae_demo mae_pretrain mae_finetune mae_probe mae_replay mae_show mae_convert mae_pack mae_bench
                    mae_plan mae_check mae_study''',
+    'model_commands': 'mae_eval mae_embed mae_neighbours',
 }
 _homes = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = list(_homes)   # nbdev lists only what a notebook defines itself

@@ -72,7 +72,8 @@ def summary(notebook):
 
 def llms():
     "nbs/llms.txt: what exists, for a reader that is a machine."
-    chapters = sorted((ROOT/'nbs').rglob('[0-9]*.ipynb')) + [ROOT/'nbs'/'commands.ipynb', ROOT/'nbs'/'all.ipynb']
+    chapters = sorted((ROOT/'nbs').rglob('[0-9]*.ipynb'))
+    chapters += [ROOT/'nbs'/f'{name}.ipynb' for name in ('model_commands', 'commands', 'all')]
     chapters += sorted((ROOT/'nbs'/'course').glob('[a-z]*.ipynb'))   # pages for reference
     lines = ['# mae_nb', '', '> Masked autoencoders, taught in notebooks and trained with fastai', '']
     lines += ['A chapter `nbs/package/NN_module.ipynb` exports the module `mae_nb.package.module`.', '']

@@ -206,6 +206,7 @@ _OTHER_LABELS = ('labels', 'class', 'cls', 'target', 'category', 'label_id', 'fi
 
 def parquet_files(
     folder:Path,  # with the files; or with `data` or `default`, or folders named after the parts, that have them
+    lone:bool=False,  # files for validation or test may be without any for training
 ) -> dict:        # part (train, val and test) -> sorted files; empty if there are none
     "The parquet files of a folder by the part that their names or folders state; all are training files if none does."
     places = [base for base in (folder, folder/'data', folder/'default') if base.is_dir()]
@@ -218,7 +219,7 @@ def parquet_files(
     if set(by_part) == {None}:
         return dict(train=by_part[None])
     for part, files in by_part.items():
-        if part is None or 'train' not in by_part:
+        if part is None or not (lone or 'train' in by_part):
             fault = 'name no part' if part is None else f'are for {part}, and none is for training'
             raise UsageError(f'{len(files)} parquet files in {folder} {fault}, such as {files[0].name}: '
                              'their names must begin with train, validation or test')
@@ -235,14 +236,15 @@ def _files_and_parts(base:Path) -> list[tuple]:
     return found
 
 def parquet_parts(
-    folder:Path,  # as for `parquet_files`
+    folder:Path,      # as for `parquet_files`
+    lone:bool=False,  # the same
 ) -> dict[str, Part]:   # train and, if there are such files, val: those for validation, or else for test
     "Images and labels in parquet files with columns image {bytes, path} and, optionally, label."
     require('pyarrow', 'pack')
-    files = parquet_files(folder)
-    parts = dict(train=_parquet_part('train', files['train'], []))
+    files = parquet_files(folder, lone)
+    parts = {part: _parquet_part(part, files[part], []) for part in ('train',) if part in files}
     if held_out := files.get('val') or files.get('test'):
-        parts['val'] = _parquet_part('val', held_out, parts['train'].classes)
+        parts['val'] = _parquet_part('val', held_out, parts['train'].classes if 'train' in parts else [])
     if 'val' in files and 'test' in files:
         parts['val'].notes.append(f'{folder}: {len(files["test"])} test files are not read beside those for validation')
     return parts

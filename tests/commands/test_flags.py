@@ -20,6 +20,8 @@ NEEDED = {   # words that a command cannot do without
     'mae_show': ['w', 'one.jpg'], 'mae_convert': ['w', 'to'], 'mae_pack': ['photos', 'to'], 'mae_check': ['fashion'],
     'mae_study': ['mask-ratio', '--data', 'fashion'],
     'mae_bench': ['step'], 'mae_plan': ['partial'], 'mae_replay': ['step'], 'mae_demo': [],
+    'mae_eval': ['fashion', 'w'], 'mae_embed': ['fashion', 'w', '--out', 'x.npy'],
+    'mae_neighbours': ['x.npy', 'fashion'],
 }
 
 

@@ -6,7 +6,8 @@ import pytest
 from support import ROOT
 
 INTRODUCTION = ROOT/'nbs'/'course'/'00_introduction.ipynb'
-CHAPTERS = [*sorted((ROOT/'nbs').glob('*/[0-9]*.ipynb')), ROOT/'nbs'/'command_line.ipynb', ROOT/'nbs'/'commands.ipynb']
+CHAPTERS = [*sorted((ROOT/'nbs').glob('*/[0-9]*.ipynb')),
+            *(ROOT/'nbs'/f'{name}.ipynb' for name in ('command_line', 'model_commands', 'commands'))]
 TUTORIALS = sorted((ROOT/'tutorials').glob('*.ipynb'))
 SECTIONS = '## The idea', '## What it costs', '## Try it', '## What comes next'
 

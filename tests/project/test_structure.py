@@ -55,4 +55,5 @@ def test_commands_import_nothing_heavy():
     "At its top there are the standard library and fastcore only."
     import sys
     allowed = sys.stdlib_module_names | {'fastcore', '__future__'}
-    assert set(top_imports(TEXTS['commands.py'])) <= allowed
+    for name in ('model_commands.py', 'commands.py'):
+        assert set(top_imports(TEXTS[name])) <= allowed
