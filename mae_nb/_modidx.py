@@ -1142,6 +1142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mae_nb/tasks/probes.py'),
                                      'mae_nb.tasks.probes._make_probe_run': ('tasks/probes.html#_make_probe_run', 'mae_nb/tasks/probes.py'),
                                      'mae_nb.tasks.probes._probe_learner': ('tasks/probes.html#_probe_learner', 'mae_nb/tasks/probes.py'),
+                                     'mae_nb.tasks.probes._read_encoder': ('tasks/probes.html#_read_encoder', 'mae_nb/tasks/probes.py'),
                                      'mae_nb.tasks.probes._read_probe': ('tasks/probes.html#_read_probe', 'mae_nb/tasks/probes.py'),
                                      'mae_nb.tasks.probes.attentive_probe_learner': ( 'tasks/probes.html#attentive_probe_learner',
                                                                                       'mae_nb/tasks/probes.py'),

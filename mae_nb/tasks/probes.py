@@ -24,6 +24,7 @@ from ..base.names import pick
 from ..base.processes import print_once, processes
 from ..data.datasets import load_source, split_labelled
 from ..data.loader import get_dls
+from ..model.classifier import ENCODER_OPTIONS, encoder_options
 from ..model.encoder import Encoder, pool_tokens
 from .features import extract_features, get_encoder, knn_probe, linear_probe
 from .finetune import check_labels, finetune_run, label_learner, write_classes
@@ -31,7 +32,9 @@ from ..training.engine import TaskLearner, check_channels, run_seed
 from ..training.optim import lars, param_groups
 from ..training.presets import RECIPES
 from ..training.recipes import AttentiveRecipe, LinearRecipe, Recipe, as_config, override
-from ..training.runs import RunOptions, absolute_path, last_metrics, make_run, report_run, write_json
+from mae_nb.training.runs import (
+    RunOptions, absolute_path, begun_model, last_metrics, make_run, report_run, write_json,
+)
 from ..weights.building import classifier_from, load_encoder
 
 # %% ../../nbs/tasks/05_probes.ipynb #b25a0011
@@ -267,12 +270,20 @@ def measure_once(
     return dict(top1=result.accuracy, penalty=result.penalty)
 
 # %% ../../nbs/tasks/05_probes.ipynb #d8c03588
+def _read_encoder(options:ProbeOptions) -> tuple:
+    "The encoder, and what is said of its weights; a run that resumes does not need them."
+    begun = begun_model(options) if options.trains else None
+    if begun is None:
+        return load_encoder(options.weights)
+    config = {k: v for k, v in begun.items() if k in ('name', *ENCODER_OPTIONS)}
+    return Encoder(**encoder_options(**config), config=config).eval(), 'all weights come from the checkpoint'
+
 def _read_probe(options:ProbeOptions) -> tuple:
     "The sets, the encoder and the recipe that the options name."
     options.check()
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
-    encoder, report = load_encoder(options.weights)
+    encoder, report = _read_encoder(options)
     if not any(setting.startswith('queries') for setting in options.set):
         recipe = fit_queries(recipe, encoder)
     sets = split_labelled(load_source(options.data), options.seed, options.split)

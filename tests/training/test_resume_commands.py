@@ -96,6 +96,25 @@ def test_a_finished_probe_keeps_its_results(pretrain, undisturbed, tmp_path, epo
     got, steps = pretrain('b', '--resume', 'probe', name='mae-probe')
     assert got.code == 0 and not steps and (tmp_path/'probe'/'results.json').read_text() == results, got
 
+@pytest.mark.parametrize('name, kind', [
+    ('mae-probe', ['linear']),
+    pytest.param('mae-probe', ['attentive'], marks=slow),
+    pytest.param('mae-probe', ['partial'], marks=slow),
+    ('mae-finetune', []),
+])
+def test_a_run_resumes_without_the_weights_it_began_with(pretrain, undisturbed, tmp_path, name, kind):
+    shutil.copytree(undisturbed[0], tmp_path/'weights')
+    words = *kind, 'fashion', 'weights', '--epochs', '1', '--set', 'warmup_epochs=0', '--bs', '20', '--num-workers', '0'
+    got, done = pretrain('a', *words, '--out', 'cut', name=name, before=[signals(3, signal.SIGTERM)])
+    assert got.code == 143 and done, got
+    shutil.rmtree(tmp_path/'weights')
+    got, rest = pretrain('b', '--resume', 'cut', name=name)
+    assert got.code == 0 and rest and rest[0] > done[-1], got
+    shutil.copytree(undisturbed[0], tmp_path/'weights')
+    pretrain('c', *words, '--out', 'whole', name=name)
+    files = [(tmp_path/run/'model.safetensors').read_bytes() for run in ('cut', 'whole')]
+    assert files[0] == files[1]
+
 AUTO = '--out', 'run', '--resume', 'auto'
 REFUSED = [
     ('mae-pretrain', (*WORDS, *AUTO, '--seed', '1'), 'run was started with seed = 0, and now seed = 1'),
