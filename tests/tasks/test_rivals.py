@@ -16,7 +16,8 @@ from mae_nb.data.datasets import load_source
 from mae_nb.data.loader import get_dls
 from mae_nb.model.costs import known_flops
 from mae_nb.tasks.colours import ColourViews
-from mae_nb.tasks.rivals import RIVALS, rival_learner, rival_model, rival_recipe
+from mae_nb.tasks.rival_recipes import RIVALS, rival_recipe
+from mae_nb.tasks.rivals import rival_learner, rival_model
 from mae_nb.tasks.view_rivals import DINO, contrast, half_cosine
 from mae_nb.training.runs import make_run
 from mae_nb.training.state import newest_checkpoint, same_bits
