@@ -2225,6 +2225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mae_nb.weights.published._stream': ( 'weights/published.html#_stream',
                                                                                 'mae_nb/weights/published.py'),
                                           'mae_nb.weights.published.fetch': ('weights/published.html#fetch', 'mae_nb/weights/published.py'),
+                                          'mae_nb.weights.published.shipped_file': ( 'weights/published.html#shipped_file',
+                                                                                     'mae_nb/weights/published.py'),
                                           'mae_nb.weights.published.url_to_path': ( 'weights/published.html#url_to_path',
                                                                                     'mae_nb/weights/published.py')},
             'mae_nb.weights.reading': { 'mae_nb.weights.reading.Weights': ('weights/reading.html#weights', 'mae_nb/weights/reading.py'),
