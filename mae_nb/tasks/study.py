@@ -27,8 +27,7 @@ from ..base.errors import UsageError, one_line
 from ..base.settings import setting
 from ..data.datasets import load_source, split_labelled
 from .paper import MEASURES
-from .study_figures import (
-    Row, conclude, draw_study, judge, summarize, write_rows, write_summary)
+from .study_figures import Row, conclude, draw_study, judge, summarize, write_rows, write_summary
 from .study_measures import duration, logged, measure_cost, plain_text, run_job
 from .study_points import Point, choose_points
 from .study_runs import Job, StudyOptions, make_jobs
