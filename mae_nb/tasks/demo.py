@@ -28,7 +28,7 @@ from .visualize import save_reconstructions
 from ..training.presets import RECIPES
 from ..training.progress import BriefProgress, Steps
 from ..training.recipes import mae_options
-from ..training.runs import RunOptions, next_run, report_run, write_json
+from ..training.runs import RunOptions, last_metrics, next_run, report_run, write_json
 from ..weights.building import classifier_from
 
 # %% ../../nbs/tasks/06_demo.ipynb #91e5cc21
@@ -38,8 +38,17 @@ class DemoPlan:
     readout: Readout        # of both encoders
     draws: dict             # labels of each class -> how often they are drawn, for the probes
     trained: tuple          # labels of each class with which the whole network is trained, once each
-    penalties: tuple = (1e-4, 1e-3, 1e-2, 1e-1, 1.)   # of the probe, for every row
+    penalties: tuple = (10., 1., 1e-1, 1e-2, 1e-3, 1e-4)   # of the probe, for every row; the first of equals
     tune_on: int = 10_000   # labelled images, at most, with which a penalty is chosen: a fifth is held out
+
+    def __post_init__(self):
+        if tuple(self.draws)[:len(self.trained)] != tuple(self.trained):
+            raise ValueError(f'trained={self.trained} must be the first of the numbers of labels in draws='
+                             f'{self.draws}: a table has one column for each of those, in their order')
+
+    def own_draws(self, labels:int, seed:int) -> range:
+        "The numbers of a seed's draws, which no other seed has."
+        return range(seed * self.draws[labels], (seed + 1) * self.draws[labels])
 
     @property
     def probe_fits(self) -> int:
@@ -60,7 +69,7 @@ def compare_features(
     test,             # an `ImageSet`, labelled
     encoders:dict,    # row's name -> encoder
     plan:DemoPlan,    # readout, numbers of labels, draws, penalties
-    seed:int=0,       # the first draw's; the others count up from there
+    seed:int=0,       # of the draws and of the held-out images
 ) -> list[dict]:      # `row`, `labels_per_class`, `draw`, `top1` and `penalty` of each probe
     "Raw pixels and encoders, all read by the same linear probe with the same tuning, with several numbers of labels."
     features = {'raw pixels': [pixel_features(images, _size(encoders)) for images in (train, test)]}
@@ -84,8 +93,8 @@ def _size(encoders:dict) -> tuple:
 def _probe_row(row:str, features:list, train, test, plan:DemoPlan, seed:int, tick:Callable) -> list[dict]:
     "All probes of one row."
     numbered, results = replace(train, items=list(range(len(train)))), []   # numbers in place of the images
-    for labels, draws in plan.draws.items():
-        for draw in range(seed, seed + draws):
+    for labels in plan.draws:
+        for draw in plan.own_draws(labels, seed):
             ids = numbered.shots(labels, draw).items
             probe = linear_probe(features[0][ids], train.labels[ids], features[1], test.labels, plan.penalties,
                                  plan.tune_on, seed, _folds(labels), False, tick)
@@ -246,11 +255,12 @@ def _train_part(train, test, learned, untrained, plan:DemoPlan, options:RunOptio
     for row, task, start in (('scratch', 'scratch', untrained), ('finetuned', 'finetune', learned)):
         recipe = RECIPES[f'{task}_{options.data}']
         for labels in plan.trained:
-            few, part = train.shots(labels, options.seed), options.out/f'{task}-{labels}'
+            draw, part = plan.own_draws(labels, options.seed)[0], options.out/f'{task}-{labels}'
+            few = train.shots(labels, draw)
             model, _ = seeded(options.seed, classifier_from, start, len(few.classes), recipe.pool, recipe.drop_path)
             learn = finetune_run((few, test), model, recipe, replace(options, out=part, recipe=None, epochs=None),
                                  valid_every=recipe.epochs)
             _fit_briefly(learn, f'{row}, {labels} labels a class', rows=False)
-            results.append(dict(row=row, labels_per_class=labels, draw=options.seed, top1=learn.final_record[2]))
+            results.append(dict(row=row, labels_per_class=labels, draw=draw, top1=last_metrics(learn)['top1']))
         _print_row(row, results)
     return results

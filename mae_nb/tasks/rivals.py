@@ -28,7 +28,7 @@ from .colours import ColourViews
 from .finetune import DropNoise, check_labels, label_learner
 from .patch_rivals import AbsolutePixelTarget, PatchRival, Supervised, UnitMask, spread
 from .pretrain import fit_target, model_loss
-from .rival_recipes import RIVALS, DAERecipe, DINORecipe, SimMIMRecipe, rival_recipe  # noqa: F401
+from .rival_recipes import RIVALS, DAERecipe, DINORecipe, SimMIMRecipe
 from .view_rivals import DINO, JointRival, MoCo, half_cosine
 from ..training.callbacks import DeviceMean
 from ..training.engine import TaskLearner, check_channels, run_seed
@@ -67,6 +67,8 @@ def rival_model(
     if not isinstance(recipe, rival.recipe):
         raise UsageError(f'{name} takes a {rival.recipe.__name__}, got a {type(recipe).__name__}: '
                          f'use rival_recipe({name!r}, {size_name!r})')
+    if name == 'supervised' and num_classes is None:
+        raise UsageError('supervised learns from labels: give the number of classes, or images with labels')
     options = encoder_options(size_name, **size)
     config = dict(name=size_name) | {k: v for k, v in size.items() if v is not None}
     with_tokens = name in ('simmim', 'beit')
@@ -186,6 +188,8 @@ def rival_learner(
     "A `Learner` that pretrains an encoder by a rival of MAE."
     seed, images = run_seed(dls, seed), dls.train.dataset.images
     classes = len(images.classes) if images.classes else None
+    if name == 'supervised':
+        check_labels(dls, classes)
     model = seeded(seed, rival_model, name, size_name, recipe, num_classes=classes, img_size=dls.train.dataset.size,
                    in_chans=images.in_chans, **(size or {}))
     check_channels(dls, model.encoder)
@@ -194,7 +198,6 @@ def rival_learner(
     own = _colour_callbacks(RIVALS[name].colours, boxes, seed, augment)
     groups = partial(_groups, weight_decay=recipe.weight_decay, everything=name == 'moco')
     if name == 'supervised':
-        check_labels(dls, classes)
         if recipe.layer_decay != 1:
             raise UsageError(f'layer_decay={recipe.layer_decay} has no effect here: set it to 1')
         return label_learner(dls, model, recipe, groups, out=out, cbs=[DropNoise(seed), *own, *cbs], **kwargs)

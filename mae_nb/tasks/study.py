@@ -26,8 +26,8 @@ from ..base.devices import get_device
 from ..base.errors import UsageError, one_line
 from ..base.settings import setting
 from ..data.datasets import load_source, split_labelled
-from .study_figures import (
-    WORDS, Row, conclude, draw_study, judge, summarize, write_rows, write_summary)
+from .paper import MEASURES
+from .study_figures import Row, conclude, draw_study, judge, summarize, write_rows, write_summary
 from .study_measures import duration, logged, measure_cost, plain_text, run_job
 from .study_points import Point, choose_points
 from .study_runs import Job, StudyOptions, make_jobs
@@ -321,7 +321,7 @@ def _numbers_text(rows:list[Row]) -> str:
     parts = []
     for row in rows:
         name = f'{row.point} ' if len(rows) > 1 else ''
-        parts += [f'{name}{WORDS[metric]} {row.numbers[metric]:.1%}' for metric in WORDS if metric in row.numbers]
+        parts += [f'{name}{MEASURES[metric]} {row.numbers[metric]:.1%}' for metric in MEASURES if metric in row.numbers]
     return ', '.join(parts)
 
 def report_study(

@@ -54,7 +54,6 @@ class Study:
     paper: dict = field(default_factory=dict)   # metric -> {place on the axis: top-1 in %}
     trends: tuple = ()           # of `Trend`
     metrics: tuple = ('finetune', 'linear')
-    settings: tuple = ()         # field=value that all points share
 
     def paper_value(self,
         metric:str,    # finetune, linear or partial
@@ -123,7 +122,7 @@ def _methods(size:dict) -> list[Point]:
 
 def rival_names() -> list[str]:
     "The methods that are compared with MAE."
-    from mae_nb.tasks.rivals import RIVALS   # slow to import
+    from mae_nb.tasks.rival_recipes import RIVALS   # slow to import
     return list(RIVALS)
 
 # %% ../../nbs/tasks/14_study_points.ipynb #abc75ca6

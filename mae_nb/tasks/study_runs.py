@@ -201,7 +201,7 @@ def _rival_learner(sets, options, point, run) -> TaskLearner:
 
 def _rival_recipe(options:StudyOptions, point:Point, epochs:int):
     "A method's own recipe for this model, with the study's epochs, and its settings as far as the method has them."
-    from mae_nb.tasks.rivals import RIVALS, rival_recipe
+    from mae_nb.tasks.rival_recipes import RIVALS, rival_recipe
     recipe = rival_recipe(pick(point.method, RIVALS, 'method'), options.model_name)
     warmup = recipe.warmup_epochs * epochs / recipe.epochs   # keeps its share
     names = {f.name for f in fields(recipe)}

@@ -18,7 +18,7 @@ import safetensors
 from safetensors.torch import load_file
 
 from ..base.errors import MissingFile, UsageError
-from .published import CHECKPOINTS, fetch
+from .published import CHECKPOINTS, SHIPPED, fetch
 from .unpacking import check_finite, check_tensors, find_tensors, first_line, read_pickle
 from .unpacking import unwrapped, without_module
 from .stated import Stated, patch_count
@@ -263,7 +263,7 @@ def open_weights(
     if isinstance(source, dict):
         state, beside = find_tensors(source, 'the state dict')
         return _foreign(state, 'the state dict', stated_by_checkpoint(beside))
-    is_published = str(source) in CHECKPOINTS and not Path(source).exists()
+    is_published = str(source) in {*CHECKPOINTS, *SHIPPED} and not Path(source).exists()
     file = weights_file(fetch(str(source)) if is_published else source)
     if not file.is_file():
         raise MissingFile(f'no such weights file: {file}')

@@ -47,7 +47,8 @@ def test_the_wheel_holds_every_module_data_licence_and_script(built):
     names = set(zipfile.ZipFile(next(built.glob('*.whl'))).namelist())
     modules = {str(f.relative_to(ROOT)) for f in (ROOT/'mae_nb').rglob('*.py')}
     assert modules <= names
-    for file in ('fashion.npz', 'LICENSE.fashion-mnist', 'make_fashion.py'):
+    model = 'mae_nano_cifar10'
+    for file in ('fashion.npz', 'LICENSE.fashion-mnist', 'make_fashion.py', f'{model}.safetensors', f'{model}.md'):
         assert f'mae_nb/data_files/{file}' in names
     assert (ROOT/'mae_nb'/'data_files'/'fashion.npz').stat().st_size < 6e6
 

@@ -3,6 +3,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,12 +12,13 @@ from fastai.callback.core import Callback
 from support import exit_code, fork
 from torch.nn import functional as F
 
-from mae_nb.base.errors import MissingPackage
+from mae_nb.base.errors import MissingPackage, UsageError
 from mae_nb.data.datasets import load_source
 from mae_nb.data.loader import get_dls
 from mae_nb.model.costs import known_flops
 from mae_nb.tasks.colours import ColourViews
-from mae_nb.tasks.rivals import RIVALS, rival_learner, rival_model, rival_recipe
+from mae_nb.tasks.rival_recipes import RIVALS, rival_recipe
+from mae_nb.tasks.rivals import rival_learner, rival_model
 from mae_nb.tasks.view_rivals import DINO, contrast, half_cosine
 from mae_nb.training.runs import make_run
 from mae_nb.training.state import newest_checkpoint, same_bits
@@ -222,3 +224,12 @@ def test_the_engine_counts_all_passes():
     moco, dino, simmim = (learner(name).model for name in ('moco', 'dino', 'simmim'))
     assert known_flops(moco) == moco.step_flops() > 2 * known_flops(simmim)
     assert known_flops(dino) == dino.step_flops() > 2 * known_flops(simmim)
+
+
+def test_supervised_learns_from_labels_alone():
+    train = sets()[0]
+    for missing in (dict(labels=None), dict(labels=None, classes=[])):
+        recipe = rival_recipe('supervised', NANO, batch_size=16)
+        dls = get_dls((replace(train, **missing), None), recipe, img_size=28)
+        with pytest.raises(UsageError, match='has no labels'):
+            rival_learner('supervised', dls, NANO, recipe, size=SIZE)

@@ -14,7 +14,7 @@ from mae_nb.base.errors import UsageError, require
 from mae_nb.data.datasets import SOURCES, load_source
 from mae_nb.tasks import study as module
 from mae_nb.tasks.study import run_study
-from mae_nb.tasks.study_figures import UNKNOWN
+from mae_nb.tasks.study_figures import UNTESTED
 from mae_nb.tasks.study_measures import Cost
 from mae_nb.tasks.study_points import STUDIES, Point, choose_points
 from mae_nb.tasks.study_runs import StudyOptions, pretrain_point
@@ -57,7 +57,7 @@ def test_each_study_trains_measures_and_reports(name, toy, untimed, tmp_path):
     expected = [(metric, point) for metric in STUDIES[name].metrics for point in points]
     assert [(p['metric'], p['point']) for p in result['points']] == expected
     assert all(0 <= p['mean'] <= 1 and p['spread'] is None for p in result['points'])
-    assert {t['verdict'] for t in result['trends']} <= {UNKNOWN}   # one seed
+    assert {t['verdict'] for t in result['trends']} <= {UNTESTED}   # one seed
     assert (tmp_path/'study'/'figures'/'study.png').stat().st_size > 10_000
     runs = {p.parent.name for p in (tmp_path/'study'/'points').glob('*/result.json')}
     assert len(runs) == (1 if name == 'partial' else len(points))
