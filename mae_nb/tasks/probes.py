@@ -22,7 +22,7 @@ from ..base.errors import UsageError
 from ..base.keyed import seeded
 from ..base.names import pick
 from ..base.processes import print_once, processes
-from ..data.datasets import load_source, split_labelled
+from ..data.channels import load_labelled
 from ..data.loader import get_dls
 from ..model.encoder import Encoder, pool_tokens
 from .features import extract_features, get_encoder, knn_probe, linear_probe
@@ -272,10 +272,11 @@ def _read_probe(options:ProbeOptions) -> tuple:
     options.check()
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
-    encoder, report = load_encoder(options.weights)
+    channels = {} if options.in_chans is None else dict(in_chans=options.in_chans)
+    encoder, report = load_encoder(options.weights, **channels)
     if not any(setting.startswith('queries') for setting in options.set):
         recipe = fit_queries(recipe, encoder)
-    sets = split_labelled(load_source(options.data), options.seed, options.split)
+    sets = load_labelled(options.data, options.seed, options.split, **options.image_options)
     print_once(f'{options.weights}: {report}')
     return sets, encoder, recipe
 
