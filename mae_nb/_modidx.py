@@ -308,6 +308,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mae_nb.data.check._part_lines': ('data/check.html#_part_lines', 'mae_nb/data/check.py'),
                                    'mae_nb.data.check._part_report': ('data/check.html#_part_report', 'mae_nb/data/check.py'),
                                    'mae_nb.data.check._read_all': ('data/check.html#_read_all', 'mae_nb/data/check.py'),
+                                   'mae_nb.data.check._read_in_threads': ('data/check.html#_read_in_threads', 'mae_nb/data/check.py'),
                                    'mae_nb.data.check.check_data': ('data/check.html#check_data', 'mae_nb/data/check.py'),
                                    'mae_nb.data.check.check_source': ('data/check.html#check_source', 'mae_nb/data/check.py'),
                                    'mae_nb.data.check.check_table': ('data/check.html#check_table', 'mae_nb/data/check.py'),

@@ -192,7 +192,7 @@ def mae_pack(
 @cli('path/to/photos', 'fashion --json report.json')
 def mae_check(
     data:str,              # a data set's name (fashion, cifar10) or a folder of images
-    num_workers:int=None,  # processes that read; by default one a core for files, none for data in memory
+    num_workers:int=None,  # files read at a time; by default one a core
     img_size:Size=None,    # side of a crop in pixels, or rows,columns; by default that of the data set's model
     few:int=10,            # name classes with fewer images
     json:str=None,         # also write all that was found to this file

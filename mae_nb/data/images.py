@@ -40,7 +40,8 @@ def printable(
     file:str|Path,  # its name may hold any byte but 0
 ) -> str:
     "A file's name as one line that can be printed."
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(file))
+    name = str(file)
+    return name if name.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 # %% ../../nbs/data/01_images.ipynb #6ba48c3f
 _TRANSPARENT = ('RGBA', 'LA', 'PA', 'La', 'RGBa')   # PIL's modes with an alpha channel
@@ -258,7 +259,8 @@ def _tiff_reason(data:bytes) -> str:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         file = io.BytesIO(data)
         file.seek(tags.next)
-        with warnings.catch_warnings(action='ignore'):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             tags.load(file)
         _, bands, bits, is_float = tags[256], tags.get(277, 1), max(tags.get(258, (1,))), 3 in tags.get(339, ())
     except Exception:
