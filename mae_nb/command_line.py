@@ -13,9 +13,10 @@ import signal
 import sys
 import threading
 import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -259,6 +260,7 @@ def main(
     words = sys.argv[1:]
     asked = [word for word in words if word in (*_QUESTIONS, '-h')]
     if not asked:
+        _check_words(func, words)
         return _run_cli(func, False)
     question = asked[0]
     if question in ('--help', '-h'):
@@ -269,6 +271,43 @@ def main(
     else:
         print(_names(question, words[words.index(question) + 1:]))
     raise SystemExit(0)
+
+_KINDS = {'int': 'a whole number', 'float': 'a number', 'size': 'a number of pixels, or rows,columns',
+          'number of blocks': "a number of blocks, or 'all'",
+          'number or list of numbers': 'a number, or several with commas'}
+
+def _check_words(
+    func,         # a command's function
+    words:list,   # of the command line
+):
+    "End with one line and exit code 2 where words are no flags or values of the command."
+    parser = anno_parser(func, prog=Path(sys.argv[0]).name)
+
+    def fail(message):
+        print(f'{parser.prog}: error: {_explained(message, parser)}; see {parser.prog} --help', file=sys.stderr)
+        raise SystemExit(2)
+
+    parser.error = fail
+    unknown = parser.parse_known_args(words)[1]
+    if unknown:
+        fail(f'unknown {unknown[0]}')
+
+def _explained(message:str, parser) -> str:
+    "An error of `argparse` in words: what is wrong, and the flag or value that is right."
+    actions = {flag: action for action in parser._actions for flag in action.option_strings or [action.dest]}
+    kind = lambda flag: _KINDS.get(getattr(actions[flag].type, '__name__', ''), 'a value')
+    if match := re.match(r'unknown (--[^=]*)', message):
+        nearest = get_close_matches(match[1], [flag for flag in actions if actions[flag].help != SUPPRESS], n=1)
+        return f'unknown flag {match[1]}' + (f', did you mean {nearest[0]}?' if nearest else '')
+    if match := re.match('unknown (.*)', message):
+        return f'there is no place for the word {match[1]!r}: paths with spaces need quotes'
+    if match := re.match(r'argument (\S+): expected .* argument', message):
+        return f'{match[1]} needs {kind(match[1])} behind it'
+    if match := re.match(r'argument (\S+): invalid .* value: (.*)', message):
+        return f'{match[1]} takes {kind(match[1])}, got {match[2]}'
+    if match := re.match('the following arguments are required: ([^,]*)', message):
+        return f'{match[1]} is missing: {actions[match[1]].help}'
+    return message
 
 def _names(question:str, rest:list[str]) -> str:
     "The models or the recipes, a line each; or one recipe's fields."

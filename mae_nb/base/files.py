@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'flush_to_disk', 'new_file_mode', 'write_atomically', 'write_whole', 'save_figure', 'name_without_path',
-           'remove_leftovers', 'sha256', 'md5', 'BadFile', 'read_json', 'read_table', 'FolderInUse', 'lock_folder',
-           'unlock_folder', 'locked_folder', 'is_remote', 'remote_file_system', 'read_remote', 'fetch_remote']
+           'remove_leftovers', 'sha256', 'md5', 'other_kind', 'no_folder', 'BadFile', 'read_json', 'read_table',
+           'FolderInUse', 'lock_folder', 'unlock_folder', 'locked_folder', 'is_remote', 'remote_file_system',
+           'read_remote', 'fetch_remote']
 
 # %% ../../nbs/base/03_files.ipynb #ae4881b2
 import csv
@@ -15,11 +16,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
-from .errors import UsageError, require
+from .errors import MissingFile, UsageError, require
 
 # %% ../../nbs/base/03_files.ipynb #0900a002
 def flush_to_disk(
@@ -116,6 +118,47 @@ def md5(
 ) -> str:           # 32 hexadecimal digits
     "The MD5 of a file, read piece by piece."
     return _checksum(file, hashlib.md5(usedforsecurity=False))
+
+# %% ../../nbs/base/03_files.ipynb #f01d0002
+_OTHER_KINDS = {   # how a file begins that is often taken for a picture
+    b'%pdf': 'a PDF document', b'pk\x03\x04': 'a zip archive or an office document', b'<html': 'a web page',
+    b'<!doc': 'a web page', b'<?xml': 'an XML or SVG file', b'<svg': 'an SVG drawing',
+}
+
+def other_kind(
+    data:bytes,  # the content of a file that no decoder of pictures knows
+) -> str:
+    "What a file is, and what to do, where its first bytes tell; else empty."
+    begin = data[:12].lower()
+    if begin[4:8] == b'ftyp' and begin[8:11] in (b'hei', b'mif', b'hev'):
+        return 'a HEIC picture, which is not read here: save it as JPEG or PNG'
+    kind = next((kind for first, kind in _OTHER_KINDS.items() if begin.startswith(first)), '')
+    return f'{kind} and no picture: leave it out, or save its pictures as JPEG or PNG' if kind else ''
+
+_ARCHIVES = {'.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar'}
+
+def no_folder(
+    place:str|Path,          # what was named as a folder of images
+    names:Iterable[str]=(),  # data sets that have names, if one may have been meant
+) -> MissingFile:            # to be raised
+    "The error for a folder that is none: an archive, a file, or a name that is near to others."
+    path = Path(place)
+    if path.is_file():
+        is_archive = path.suffix.lower() in _ARCHIVES
+        advice = 'unpack it, and name the folder' if is_archive else f'name the folder that it is in, {path.parent}'
+        return MissingFile(f'{place} is a file and no folder: {advice}')
+    beside = path.parent if path.parent.is_dir() else Path()
+    folders = sorted(f.name for f in beside.iterdir() if f.is_dir() and f.name[0] not in '._')
+    is_name = names and not {os.sep, '/', '.'} & {*str(place)}
+    known = [*names, *folders] if is_name else folders
+    what = f'unknown data set (and no folder of that name) {str(place)!r}' if is_name else f'no such folder: {place}'
+    nearest = get_close_matches(path.name, known, n=1)
+    if nearest:
+        hint = nearest[0] if nearest[0] in names else str(path.with_name(nearest[0]))
+        return MissingFile(f'{what}: did you mean {hint!r}?')
+    named = f'known: {", ".join(map(repr, names))}' if is_name else ''
+    listed = f'folders in {beside.resolve().name or "/"}: {", ".join(folders[:5])}{", ..." * (len(folders) > 5)}'
+    return MissingFile(f'{what}: ' + '; '.join(filter(None, [named, listed if folders else 'there is no folder'])))
 
 # %% ../../nbs/base/03_files.ipynb #7f691ecb
 class BadFile(ValueError):

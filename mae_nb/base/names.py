@@ -24,6 +24,8 @@ def pick(
     if name in known:
         return name
     nearest = difflib.get_close_matches(str(name), known, n=1)
+    if not nearest and len(str(name)) > 3:   # a part of one
+        nearest = [k for k in known if str(name) in k]
     hint = f'did you mean {nearest[0]!r}?' if nearest else 'known: ' + ', '.join(map(repr, known))
     raise UsageError(f'unknown {what} {name!r}: {hint}')
 

@@ -62,7 +62,12 @@ def load_labelled(
     **options,         # of `with_channels`
 ) -> tuple:            # (training, validation) `ImageSet`s
     "A source with labels as two sets, with the channels and statistics that are asked for."
-    return split_labelled(with_channels(load_source(source), **options), seed, version)
+    sets = with_channels(load_source(source), **options)
+    classes = sets[0].classes
+    if sets[0].labels is not None and len(classes) < 2:
+        raise UsageError(f'{sets[0].name} has one class only, {classes[0]!r}: there is nothing to tell apart; '
+                         'put the images of each class into a folder of its own')
+    return split_labelled(sets, seed, version)
 
 def _changed(images:ImageSet, in_chans:int|None, mean, std) -> ImageSet:
     "One set of `with_channels`."

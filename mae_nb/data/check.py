@@ -130,7 +130,8 @@ MOST_THREADS = 8   # Python runs one thread at a time outside of decoders: more 
 def _read_all(part:str, images:ImageSet, num_workers:int) -> list[FileReport]:
     "The reports of all images in order, read by threads or processes."
     files, reports = FileReports(images), []
-    if 0 < num_workers <= MOST_THREADS and not isinstance(images.items, Packed):   # whose open files threads cannot share
+    shares_files = isinstance(images.items, Packed)   # open ones, which threads must not read at the same time
+    if 0 < num_workers <= MOST_THREADS and not shares_files:
         batches = _read_in_threads(files, num_workers)
     else:
         batches = DataLoader(files, batch_size=32, num_workers=num_workers, collate_fn=list,

@@ -8,7 +8,6 @@ __all__ = ['MAX_ARCHIVE', 'SOURCES', 'ImageSet', 'fashion', 'cifar10', 'folder_s
 
 # %% ../../nbs/data/04_datasets.ipynb #be7d543a
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..base.errors import MissingFile, UsageError
-from ..base.files import is_remote
+from ..base.errors import UsageError
+from ..base.files import is_remote, no_folder
 from ..base.keyed import generator, key
-from ..base.names import pick
 from ..base.processes import print_once
 from ..base.settings import setting
 from .archives import TRAIN_TAR, Encoded, Part, ilsvrc_parts, parquet_files, parquet_parts
@@ -204,7 +202,7 @@ def folder_set(
     "A folder of images; the names of its subfolders are the classes."
     folder = Path(folder)
     if not folder.is_dir():
-        raise MissingFile(f'no such folder: {folder}')
+        raise no_folder(folder)
     found = take_inventory(folder, image_endings())
     if not found.images:
         tars = found.passed['.tar']
@@ -227,7 +225,7 @@ def folder_sets(
     "A folder's training and validation set."
     folder = Path(folder)
     if not folder.is_dir():
-        raise MissingFile(f'no such folder: {folder}')
+        raise no_folder(folder)
     parts, notes = split_folders(folder)
     train = folder_set(parts.get('train', folder))
     train.notes = notes + train.notes
@@ -270,9 +268,7 @@ def read_source(
         return sets['train'], sets.get('val')
     if Path(source).is_dir():
         return folder_sets(source)
-    if os.sep in str(source) or '.' in str(source):
-        raise MissingFile(f'no such folder: {source}')
-    pick(str(source), SOURCES, 'data set (and no folder of that name)')
+    raise no_folder(source, SOURCES)
 
 def check_pair(
     train:ImageSet,       # the training set

@@ -25,7 +25,8 @@ import numpy as np
 import simplejpeg
 import torch
 
-from ..base.errors import UsageError, one_line
+from ..base.errors import MissingFile, UsageError, one_line
+from ..base.files import other_kind
 from ..base.signals import leave_signals_to_parent
 
 # %% ../../nbs/data/01_images.ipynb #3e027446
@@ -93,7 +94,8 @@ def file_bytes(
     "The content of a plain file that is neither empty nor larger than `MAX_BYTES`."
     info = os.stat(file)
     if not stat.S_ISREG(info.st_mode):
-        raise ValueError('not a plain file')   # reading a pipe would never end
+        kind = 'a folder' if stat.S_ISDIR(info.st_mode) else 'not a plain file'   # reading a pipe would never end
+        raise ValueError(f'{kind}: name an image file')
     if info.st_size == 0:
         raise ValueError('the file is empty')
     if info.st_size > MAX_BYTES:
@@ -202,8 +204,8 @@ def read_image(
     try:
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
     except UnidentifiedImageError:
-        raise ValueError(_tiff_reason(data) or f'no picture in a format that is read here: {", ".join(IMAGE_FORMATS)}'
-                         ) from None
+        known = f'no picture in a format that is read here: {", ".join(IMAGE_FORMATS)}'
+        raise ValueError(_tiff_reason(data) or other_kind(data) or known) from None
     except Image.DecompressionBombError:
         raise ValueError(f'more than {MAX_PIXELS:,} pixels') from None
     with opened as im:
@@ -293,8 +295,8 @@ def read_or_explain(
     "Read an image, or raise an error that names the file."
     try:
         return read_image(file, in_chans)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as e:
+        raise MissingFile(f'no such image file: {file}') from e
     except Exception as e:
         raise UsageError(f'{file} cannot be read as an image: {one_line(e)}') from e
 

@@ -83,7 +83,8 @@ def _versions() -> dict:
 def _read_config(run:Path) -> dict:
     "A run's `config.json`."
     if not (run/'config.json').is_file():
-        raise MissingFile(f'{run} is no run folder: it has no config.json')
+        reason = 'it has no config.json' if run.is_dir() else 'it does not exist'
+        raise MissingFile(f'{run} is no run folder: {reason}')
     return read_json(run/'config.json')
 
 def _check_same_run(out:Path, config:dict):

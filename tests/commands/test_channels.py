@@ -74,4 +74,4 @@ def test_a_wrong_number_is_one_line(forked, words, message):
 
 def test_no_list_of_numbers(terminal):
     got = terminal('mae-pretrain', 'fashion', '--mean', 'bright')
-    assert got.code == 2 and "invalid number or list of numbers value: 'bright'" in got.err
+    assert got.code == 2 and "--mean takes a number, or several with commas, got 'bright'" in got.line
