@@ -61,8 +61,7 @@ def inspect_file(
             content = content_of(jpeg_pixels(head.bare, 'GRAY', 8))
             if content == 'flat':   # in brightness: it may have colours
                 content = _look(read_image(io.BytesIO(data), in_chans).numpy())
-            sides = (head.columns, head.rows) if head.turn in (5, 6, 7, 8) else (head.rows, head.columns)
-            return *sides, 1, content
+            return *head.upright, 1, content
     img = read_image(io.BytesIO(data), in_chans)
     with Image.open(io.BytesIO(data), formats=readable_formats()) as im:
         frames = getattr(im, 'n_frames', 1) if im.format != 'MPO' else 1   # whose second image is the other eye's

@@ -203,21 +203,21 @@ def folder_set(
     folder = Path(folder)
     if not folder.is_dir():
         raise no_folder(folder)
-    found = take_inventory(folder, image_endings())
-    if not found.images:
-        tars = found.passed['.tar']
+    inventory = take_inventory(folder, image_endings())
+    if not inventory.images:
+        tars = inventory.passed['.tar']
         advice = f'it has {tars:,} tars, which are not read as images: unpack them' if tars else \
             'expected files such as .jpg or .png, flat or one folder per class'
-        raise UsageError('; '.join([f'no images in {folder}: {advice}', *found.notes()]))
-    if found.loose:
-        return ImageSet(str(folder), found.images, notes=found.notes())
-    counts = {name: n for name, n in found.classes.items() if n}
+        raise UsageError('; '.join([f'no images in {folder}: {advice}', *inventory.notes()]))
+    if inventory.loose:
+        return ImageSet(str(folder), inventory.images, notes=inventory.notes())
+    counts = {name: n for name, n in inventory.classes.items() if n}
     classes = classes or list(counts)
     if extra := set(counts) - set(classes):
         raise UsageError(f'{folder} holds classes that the training set lacks: {", ".join(sorted(extra)[:5])}')
     numbers = {c: i for i, c in enumerate(classes)}
     labels = np.repeat([numbers[name] for name in counts], list(counts.values()))
-    return ImageSet(str(folder), found.images, labels, classes, notes=found.notes())
+    return ImageSet(str(folder), inventory.images, labels, classes, notes=inventory.notes())
 
 def folder_sets(
     folder:str|Path,  # images, or folders of the training and validation images under one of the names in `PARTS`
@@ -229,8 +229,8 @@ def folder_sets(
     parts, notes = split_folders(folder)
     train = folder_set(parts.get('train', folder))
     train.notes = notes + train.notes
-    if parts and (beside := sum(is_image(f) for f in folder.iterdir())):
-        train.notes.append(f'{folder}: {beside:,} images beside {parts["train"].name} are not read')
+    if parts and (loose := sum(is_image(f) for f in folder.iterdir())):
+        train.notes.append(f'{folder}: {loose:,} images beside {parts["train"].name} are not read')
     return train, folder_set(parts['val'], train.classes) if 'val' in parts else None
 
 # %% ../../nbs/data/04_datasets.ipynb #39e40496
@@ -328,7 +328,9 @@ def _held_out(train:ImageSet, n:int, seed:int) -> np.ndarray:
     while taken.sum() < n:
         open_classes = [c for c in by_rest if taken[c] < counts[c] - 1]
         if not open_classes:
-            raise UsageError(f'{train.name} has one image of each class, and none to hold out: add a validation set')
+            classes = (counts > 0).sum()
+            raise UsageError(f'{train.name} has {len(train)} images of {classes} classes, too few to hold out {n} '
+                             'and keep one of each class: add a validation set')
         taken[open_classes[:n - taken.sum()]] += 1
     if missed := [f'{c} ({k})' for c, k, t in zip(train.classes, counts, taken) if k and not t]:
         print_once(f'note: {train.name} has {len(missed)} classes that are too small to hold out an image of: '

@@ -221,6 +221,11 @@ class JpegHead(NamedTuple):
     turn: int     # EXIF orientation, from 1 = upright to 8
     is_lossless: bool   # such a file is decoded at full scale, and by the CPU
 
+    @property
+    def upright(self) -> tuple[int, int]:
+        "Rows and columns as a viewer shows them."
+        return (self.columns, self.rows) if self.turn in (5, 6, 7, 8) else (self.rows, self.columns)
+
 def jpeg_head(
     data:bytes,  # a JPEG file
 ) -> JpegHead:
@@ -239,8 +244,7 @@ def _read_jpeg(data:bytes, in_chans:int, shrink:Callable|None) -> torch.Tensor:
     "A JPEG, without PIL where it is not needed."
     head = jpeg_head(data)
     has_inks = head.space in ('CMYK', 'YCCK')
-    upright = (head.columns, head.rows) if head.turn in (5, 6, 7, 8) else (head.rows, head.columns)
-    factor = shrink(upright) if shrink and not has_inks and not head.is_lossless else 1
+    factor = shrink(head.upright) if shrink and not has_inks and not head.is_lossless else 1
     pixels = jpeg_pixels(head.bare, 'CMYK' if has_inks else 'GRAY' if head.space == 'Gray' else 'RGB', factor)
     if head.space == 'Gray' and in_chans == 3:
         pixels = pixels.repeat(3, axis=2)   # the same as decoding to RGB, which a lossless file refuses
