@@ -119,12 +119,11 @@ class Progress(Callback):
     def after_batch(self):
         if not self.training:
             return
-        is_due = not self.bar and self.train_iter < self.total_batches and self.is_line_due()
-        if is_due or self.bar and self.train_iter % self.every == 0:
+        if self.train_iter % self.every == 0:
             loss = f'loss {self.learn.loss.item():.4f}'
             if self.bar:
                 self.bar.comment = loss
-            else:
+            elif self.is_line_due():
                 self.log_line(loss)
         if self.bar and self.train_iter < self.total_batches:
             self.bar.update(self.train_iter)
