@@ -73,7 +73,6 @@ class Files(Encoded):
         self.paths, self.root = paths, root
 
     def sources(self, ids): return [self.paths[i] for i in ids]
-
     def read(self, i):
         return Path(self.paths[i]).read_bytes()
 
@@ -101,7 +100,6 @@ class TarMembers(Encoded):
         self.places = SharedArray(np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2))
 
     def sources(self, ids): return [self.tar]
-
     def read(self, i):
         start, size = self.places.values[i].tolist()
         with open(self.tar, 'rb') as f:
@@ -182,7 +180,6 @@ class ParquetRows(Encoded):
         self.kept = None, None   # a group's number and its column of bytes
 
     def sources(self, ids): return sorted({file for file, *_ in self.groups})
-
     def place(self, i:int) -> tuple[int, int]:
         "The row group of image `i`, and its row there."
         group = bisect_right(self.ends, i)

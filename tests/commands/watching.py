@@ -31,7 +31,7 @@ class Watched:
     def faults(self) -> list[str]:
         "What would trouble a person, a line for each."
         faults = [] if self.code == 0 else [f'exit code {self.code}: {self.err or self.out[-1000:]}']
-        if self.silence > LIMIT:
+        if self.silence > LIMIT * max(os.getloadavg()[0] / os.cpu_count(), 1):   # others' work delays what is printed
             faults.append(f'silent for {self.silence:.1f} s')
         faults += [f'a warning: {line}' for line in self.lines if FOREIGN.search(line)]
         if self.columns:
