@@ -121,13 +121,14 @@ class Signs:
         Output.sign = len(text) if terminal else 0
 
     def doing(self) -> str:
-        "What the main thread does: loading libraries, or the innermost of the package's functions."
+        "What the main thread does: loading libraries, or the innermost public function of the package."
         frame = sys._current_frames().get(self.main)
         own = os.path.dirname(__file__) + os.sep
         while frame is not None:
             if 'importlib' in frame.f_code.co_filename:
                 return 'loading libraries'
-            if frame.f_code.co_filename.startswith(own) and frame.f_code.co_name.isidentifier():
+            is_public = frame.f_code.co_name[0] not in '_<'
+            if is_public and frame.f_code.co_filename.startswith(own):
                 return f'working in {frame.f_code.co_name}'
             frame = frame.f_back
         return 'working'

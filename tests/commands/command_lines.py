@@ -12,7 +12,8 @@ from mae_nb import commands
 NANO = '--model mae_vit_nano_patch4_32'
 QUICK = '--bs 8 --num-workers 0 --max-steps 2 --set warmup_epochs=0'
 PACKED = f'{NANO} {QUICK} --set target=pixels'
-STUDY = '--minutes .01 --seeds 1 --labels 2 --tune epochs=1 --tune warmup_epochs=0 --bs 500'
+STUDY = (f'{NANO} --bs 8 --epochs 1 --seeds 1 --labels 2 --num-workers 0 --set warmup_epochs=0 '
+         '--tune epochs=1 --tune warmup_epochs=0')
 
 # The beginning of a line, and what a test changes in it: words replaced, and words added at the end, where the last
 # of two values holds. The first row that fits counts. A line without a row runs as it stands.
@@ -42,7 +43,8 @@ SMALL = [
     ('mae-plan pretrain --model', {}, NANO),
     ('mae-plan pretrain_1600 --model mae_vit_large_patch16', {}, NANO),
     ('mae-plan', {}, ''),
-    ('mae-study', {'cifar10': 'fashion'}, STUDY),
+    ('mae-study mask-ratio', {'cifar10': 'path/to/labelled'}, f'{STUDY} --points .5,.75'),
+    ('mae-study own', {}, f'{STUDY} --data path/to/labelled'),
     ('mae-demo', {}, '--epochs 1'),
     ('mae-check', {}, ''),
     ('mae-show', {}, ''),

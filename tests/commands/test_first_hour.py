@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='runs commands i
 LINES = list({shown.line: shown for shown in shown_lines()}.values())
 OURS = [shown for shown in LINES if shown.line not in ELSEWHERE]
 ALONE = [shown for shown in OURS if not shown.line.startswith('torchrun')]
-LONG = 'mae-demo', 'mae-study', 'mae-plan pretrain --model', 'mae-plan pretrain_1600 --model mae_vit_large_patch16'
+# slow: what takes long, and what the lines of other pages do with the same words
+LONG = ('mae-demo', 'mae-study', 'mae-plan pretrain --model', 'mae-plan pretrain_1600 --model mae_vit_large_patch16',
+        'mae-probe partial fashion', 'mae-finetune fashion runs', 'mae-finetune fashion --from-scratch')
 # with a new process each, as a newcomer starts them, and whether in a terminal
 REAL = [('mae-check path/to/photos', True), ('mae-convert runs/pretrain-1 vit-mae --format hf', False)]
 
