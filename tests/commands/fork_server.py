@@ -11,15 +11,18 @@ import sys
 import termios
 import traceback
 
-import matplotlib.pyplot  # noqa: F401
-import torch
-from fastai.vision import all as fastai_names  # noqa: F401
-from torch.utils import tensorboard  # noqa: F401
 
-from mae_nb import command_line, commands
-from mae_nb.measure import bench, plan  # noqa: F401
-from mae_nb.tasks import demo, replay, study, visualize  # noqa: F401
-from mae_nb.weights import convert  # noqa: F401
+def load():
+    "Import what commands import; not when a job of a command imports this module again."
+    from importlib import import_module
+
+    import mae_nb  # noqa: F401  first: it hides a warning of fastai's import
+    for name in ('matplotlib.pyplot', 'fastai.vision.all', 'torch.utils.tensorboard', 'mae_nb.measure.bench',
+                 'mae_nb.measure.plan', 'mae_nb.tasks.demo', 'mae_nb.tasks.replay', 'mae_nb.tasks.study',
+                 'mae_nb.tasks.visualize', 'mae_nb.weights.convert', 'mae_nb.data.check', 'mae_nb.data.packing'):
+        import_module(name)
+    import torch
+    torch.set_num_threads(1)
 
 
 def answer(request: dict) -> int:
@@ -41,6 +44,7 @@ def answer(request: dict) -> int:
 
 def run(request: dict) -> int:
     "In the fork: the command, with the streams that the interpreter would give it."
+    from mae_nb import command_line, commands
     os.setsid()
     for number, file in ((1, request['out']), (2, request['err'])):
         opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -64,7 +68,7 @@ def run(request: dict) -> int:
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(1)
+    load()
     print('ready', flush=True)
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)

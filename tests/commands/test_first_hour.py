@@ -73,7 +73,7 @@ def test_an_extra_that_is_named_exists():
 
 @pytest.mark.parametrize('shown', cases(ALONE))
 def test_in_a_terminal(shown, home, tmp_path, watcher):
-    assert faults_of(shown, home, tmp_path, watcher, terminal=True, seconds=120) == []
+    assert faults_of(shown, home, tmp_path, watcher, terminal=True, seconds=300) == []
 
 
 @pytest.mark.slow
