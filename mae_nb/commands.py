@@ -7,7 +7,7 @@ __all__ = ['mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show', 'mae_convert
            'mae_plan', 'mae_study', 'mae_replay', 'mae_demo']
 
 # %% ../nbs/commands.ipynb #0a1d0231
-from .command_line import Blocks, Positional, Repeatable, Size, cli, command, is_cli
+from .command_line import Blocks, Numbers, Positional, Repeatable, Size, cli, command, is_cli
 from .model_commands import mae_embed, mae_eval, mae_neighbours  # noqa: F401   for the console scripts
 
 # %% ../nbs/commands.ipynb #40ca6fc3
@@ -17,8 +17,7 @@ def mae_pretrain(
     data:Positional=None,  # a data set's name (fashion, cifar10) or a folder of images
     out:str=None,          # the run folder, new or empty; by default a new one in the setting `runs`
     model:str=None,  # a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
-    # weights to start from: a run folder, a file of any layout or a published name; by default none
-    init:str=None,
+    init:str=None,         # weights to start from: a run folder, a file of any layout or a published name
     img_size:Size=None,    # side of the images in pixels, or rows,columns; by default the model's own
     recipe:str=None,       # a recipe's name; by default the data set's own, for a folder the paper's
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
@@ -29,6 +28,9 @@ def mae_pretrain(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
+    in_chans:int=None,     # of images and weights: 1, grey, or 3; by default the images' own
+    mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default the data set's own
+    std:Numbers=None,      # the same for the deviation
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
@@ -41,9 +43,9 @@ def mae_pretrain(
         from mae_nb.tasks.pretrain import PretrainOptions, pretrain
         options = PretrainOptions(data, out=out, model=model, init=init, img_size=img_size, recipe=recipe, set=set,
                                   epochs=epochs, max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers,
-                                  device=device, decode=decode, parallel=parallel, resume=resume,
-                                  save_every=save_every, if_full=if_full, data_check=data_check)
-        options = options.resolved()
+                                  device=device, decode=decode, in_chans=in_chans, mean=mean, std=std,
+                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
+                                  data_check=data_check).resolved()
         run.out = options.out
         return pretrain(options)
 
@@ -53,10 +55,8 @@ def mae_finetune(
     data:Positional=None,  # a data set's name (fashion, cifar10) or a folder with one subfolder per class
     weights:Positional=None,  # a run folder or .safetensors file; none with --from-scratch
     from_scratch:bool=False,  # train a new model with labels alone (Table 11)
-    # with --from-scratch: a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
-    model:str=None,
-    # side of the images in pixels, such as 448, or rows,columns: positions are resized; by default the weights' own
-    img_size:Size=None,
+    model:str=None,        # with --from-scratch: a model's name; by default as for mae-pretrain
+    img_size:Size=None,    # side in pixels, or rows,columns: positions are resized; by default the weights' own
     out:str=None,          # the run folder, new or empty; by default a new one in the setting `runs`
     recipe:str=None,       # a recipe's name; by default the data set's own, for a folder the paper's
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
@@ -67,6 +67,9 @@ def mae_finetune(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
+    in_chans:int=None,     # of images and weights: 1, grey, or 3; by default the images' own
+    mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default the data set's own
+    std:Numbers=None,      # the same for the deviation
     json:str=None,         # also write the numbers to this file
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
@@ -81,9 +84,8 @@ def mae_finetune(
         options = FinetuneOptions(data, weights=weights, from_scratch=from_scratch, model=model, img_size=img_size,
                                   out=out, recipe=recipe, set=set, epochs=epochs, max_steps=max_steps, bs=bs,
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
-                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
-                                  data_check=data_check)
-        options = options.resolved()
+                                  in_chans=in_chans, mean=mean, std=std, parallel=parallel, resume=resume,
+                                  save_every=save_every, if_full=if_full, data_check=data_check).resolved()
         run.out = options.out
         return finetune(options)
 
@@ -105,6 +107,9 @@ def mae_probe(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
+    in_chans:int=None,     # of images and weights: 1, grey, or 3; by default the images' own
+    mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default the data set's own
+    std:Numbers=None,      # the same for the deviation
     json:str=None,         # also write the numbers to this file
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
@@ -117,10 +122,9 @@ def mae_probe(
         from mae_nb.tasks.probes import ProbeOptions, probe
         options = ProbeOptions(data, kind=kind, weights=weights, out=out, recipe=recipe, blocks=blocks, fast=fast,
                                set=set, epochs=epochs, max_steps=max_steps, bs=bs, seed=seed,
-                               num_workers=num_workers, device=device, decode=decode, json=json, resume=resume,
-                               save_every=save_every, if_full=if_full,
-                               data_check=data_check)
-        options = options.resolved()
+                               num_workers=num_workers, device=device, decode=decode, in_chans=in_chans, mean=mean,
+                               std=std, json=json, resume=resume, save_every=save_every, if_full=if_full,
+                               data_check=data_check).resolved()
         run.out = options.out
         return probe(options)
 
@@ -136,15 +140,17 @@ def mae_show(
     mask_ratio:float=None,  # share of patches removed, in (0, 1); by default the model's own
     mask:str=None,         # random, block or grid; by default the model's own
     seed:int=0,            # of the masks
+    mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default that of the weights
+    std:Numbers=None,      # the same for the deviation
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Draw what a masked autoencoder makes of your images."
-    with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed):
+    with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed, mean=mean, std=std):
         from mae_nb.tasks.visualize import show
         options = dict(name=model, target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
         options = {k: v for k, v in options.items() if v is not None}
-        print(f'picture     {show(where, images, out, seed=seed, device=device, **options)}')
+        print(f'picture     {show(where, images, out, seed=seed, device=device, mean=mean, std=std, **options)}')
 
 # %% ../nbs/commands.ipynb #c0a7e001
 @cli('runs/pretrain-1 vit-mae --format hf', 'runs/finetune-1 program --format onnx --quantize int8 --data fashion',
@@ -176,9 +182,7 @@ def mae_convert(
 def mae_pack(
     source:str,            # a folder of images, of ILSVRC's tars or of parquet files; or a packed folder
     out:Positional=None,   # the folder to write, new or started by the same command; none to check a packed `source`
-    # longest side in pixels: longer images are re-encoded as JPEG, none is enlarged; by default files are kept as they
-    # are
-    max_side:int=None,
+    max_side:int=None,     # longest side in pixels: longer images are re-encoded as JPEG; by default none is
     quality:int=None,      # of re-encoded JPEGs, 1 to 100; by default 90
     per_shard:int=4096,    # images in a shard
     skip_bad:bool=False,   # leave out images that cannot be read, and list them
@@ -198,7 +202,7 @@ def mae_pack(
 @cli('path/to/photos', 'fashion --json report.json')
 def mae_check(
     data:str,              # a data set's name (fashion, cifar10) or a folder of images
-    num_workers:int=None,  # processes that read; by default one a core for files, none for data in memory
+    num_workers:int=None,  # files read at a time; by default one a core
     img_size:Size=None,    # side of a crop in pixels, or rows,columns; by default that of the data set's model
     few:int=10,            # name classes with fewer images
     json:str=None,         # also write all that was found to this file
@@ -252,13 +256,11 @@ def mae_bench(
 def mae_plan(
     recipe:str,            # a recipe's name
     model:str=None,  # a model's name; by default a nano for recipes of fashion and cifar10, else mae_vit_base_patch16
-    # imagenet, fashion, cifar10, or a number of training images; by default as the recipe's name says, else imagenet
-    data:str=None,
+    data:str=None,         # imagenet, fashion, cifar10, or a number of images; by default as the recipe's name says
     img_size:Size=None,    # side of the images in pixels, or rows,columns; by default the model's own
     gpus:int=1,            # devices that train together
     parallel:str='ddp',    # several devices: ddp, each has the whole model; or fsdp, each holds a part
-    # images a second of one device; auto: measured here, in less than 30 seconds; a GPU's name, such as H100: counted
-    rate:str='auto',
+    rate:str='auto',       # images a second of one device; auto: measured here; a GPU's name, such as H100: counted
     blocks:Blocks=None,    # partial: the last so many blocks learn; by default 1
     memory:float=None,     # GiB of one device; by default what this machine's has
     price:float=0.,        # of one device for an hour
@@ -292,8 +294,7 @@ def mae_study(
     minutes:float=None,    # of pretraining at each point: equal time instead of equal epochs
     model:str=None,  # a model's name; by default a nano for fashion and cifar10, mae_vit_base_patch16 for a folder
     recipe:str=None,       # pretraining's recipe; by default the data set's own, for a folder the paper's
-    # field=value: change a field of pretraining's recipe or an option of the model; repeatable; in the study own one
-    # of them has several values, such as mask_ratio=.5,.6,.75
+    # field=value of pretraining's recipe or model; repeatable; in the study own one has several: mask_ratio=.5,.6,.75
     set:Repeatable=None,
     bs:int=None,           # images in an optimizer step of pretraining; by default the recipe's
     labels:int=100,        # labelled images of each class for fine-tuning; 0: all

@@ -1,5 +1,6 @@
 """What tests share: commands run as a terminal runs them, and forks of this process."""
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+SIGN = re.compile(r' {3}(working( in \w+)?|loading libraries) for \d+ s')   # of life, on a busy machine
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Said:
     @property
     def line(self):
         "The one line on the error stream; more than one is a failure."
-        lines = [x for x in self.err.splitlines() if x.strip()]
+        lines = [x for x in self.err.splitlines() if x.strip() and not SIGN.fullmatch(x)]
         assert len(lines) == 1, self.err
         return lines[0]
 

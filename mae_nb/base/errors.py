@@ -38,10 +38,10 @@ _FULL_CODES = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)
 _FULL_TEXTS = 'No space left', 'os error 28', 'os error 27', 'os error 122'   # the same three, as Rust writes them
 
 def disk_is_full(
-    e:OSError,  # from writing a file
+    e:Exception,  # from writing a file
 ) -> bool:
     "Whether a disk, a quota or a limit on a file's size was in the way."
-    return e.errno in _FULL_CODES or any(text in str(e) for text in _FULL_TEXTS)
+    return getattr(e, 'errno', None) in _FULL_CODES or any(text in str(e) for text in _FULL_TEXTS)
 
 # %% ../../nbs/base/01_errors.ipynb #3ff4bf16
 _FASTAI_PREFIX = re.compile(r'Exception occured in `\w+` when calling event `\w+`:\s*')
@@ -53,7 +53,8 @@ def one_line(
     text = _FASTAI_PREFIX.sub('', ' '.join(str(e).split()))
     if isinstance(e, OSError) and e.filename and text.startswith('[Errno'):
         text = f'{e.filename}: {e.strerror}'
-    if isinstance(e, OSError) and disk_is_full(e) and 'no space left' not in text:
-        place = f' while writing {e.filename}' if e.filename else ''
+    if disk_is_full(e) and 'no space left' not in text:
+        name = getattr(e, 'filename', None)
+        place = f' while writing {name}' if name else ''
         return f'no space left on the disk{place}: free some'
     return text or type(e).__name__

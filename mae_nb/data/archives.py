@@ -53,6 +53,9 @@ class Encoded(Sequence):
     def name(self, i:int) -> str:
         return self.name_of(int(self.ids[i]))
 
+    def sources(self, ids:range) -> list|None:
+        "The files that these images of the whole source are read from; None where that is not known."
+
     def read(self, i:int) -> bytes:
         "The bytes of image `i` of the whole source."
         raise NotImplementedError
@@ -70,6 +73,7 @@ class Files(Encoded):
         super().__init__(len(paths))
         self.paths, self.root = paths, root
 
+    def sources(self, ids): return [self.paths[i] for i in ids]
     def read(self, i):
         return Path(self.paths[i]).read_bytes()
 
@@ -96,6 +100,7 @@ class TarMembers(Encoded):
         self.tar, self.names = tar, Names(name for name, *_ in members)
         self.places = SharedArray(np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2))
 
+    def sources(self, ids): return [self.tar]
     def read(self, i):
         start, size = self.places.values[i].tolist()
         with open(self.tar, 'rb') as f:
@@ -175,6 +180,7 @@ class ParquetRows(Encoded):
         self.ends = np.cumsum([n for *_, n in groups]).tolist()
         self.kept = None, None   # a group's number and its column of bytes
 
+    def sources(self, ids): return sorted({file for file, *_ in self.groups})
     def place(self, i:int) -> tuple[int, int]:
         "The row group of image `i`, and its row there."
         group = bisect_right(self.ends, i)
@@ -210,11 +216,11 @@ def parquet_files(
 ) -> dict:        # part (train, val and test) -> sorted files; empty if there are none
     "The parquet files of a folder by the part that their names or folders state; all are training files if none does."
     places = [base for base in (folder, folder/'data', folder/'default') if base.is_dir()]
-    found = {base: files for base in places if (files := _files_and_parts(base))}
-    if len(found) > 1:
-        raise UsageError(f'parquet files in two places, {" and ".join(map(str, found))}: name the folder to read')
+    by_place = {base: files for base in places if (files := _files_and_parts(base))}
+    if len(by_place) > 1:
+        raise UsageError(f'parquet files in two places, {" and ".join(map(str, by_place))}: name the folder to read')
     by_part = {}
-    for file, part in next(iter(found.values()), []):
+    for file, part in next(iter(by_place.values()), []):
         by_part.setdefault(part, []).append(file)
     if set(by_part) == {None}:
         return dict(train=by_part[None])
@@ -227,13 +233,13 @@ def parquet_files(
 
 def _files_and_parts(base:Path) -> list[tuple]:
     "The (file, part) of the parquet files in a folder, and in its subfolders that are named after a part."
-    found = []
+    pairs = []
     for file in sorted(base.glob('*.parquet')):
         words = re.split('[^a-z]+', file.stem.lower())
-        found.append((file, next((part_of(word) for word in words if part_of(word)), None)))
+        pairs.append((file, next((part_of(word) for word in words if part_of(word)), None)))
     for place in sorted(p for p in base.iterdir() if part_of(p.name) and p.is_dir()):
-        found += [(file, part_of(place.name)) for file in sorted(place.glob('*.parquet'))]
-    return found
+        pairs += [(file, part_of(place.name)) for file in sorted(place.glob('*.parquet'))]
+    return pairs
 
 def parquet_parts(
     folder:Path,      # as for `parquet_files`
@@ -340,13 +346,9 @@ def source_stamp(
     ids:range,      # some of its images
 ) -> str|None:      # another one after the files behind them have changed; None where that is not known
     "Sizes and times of the files that images are read from, hashed."
-    files = [items.paths[i] for i in ids] if hasattr(items, 'paths') else None
-    if hasattr(items, 'tar'):
-        files = [items.tar]
-    if hasattr(items, 'groups'):
-        files = sorted({file for file, *_ in items.groups})
+    files = items.sources(ids)
     if files is None:
         return None
-    found = [os.stat(file) for file in files if os.path.exists(file)]
-    text = ''.join(f'{s.st_size} {s.st_mtime_ns}\n' for s in found)
+    stats = [os.stat(file) for file in files if os.path.exists(file)]
+    text = ''.join(f'{s.st_size} {s.st_mtime_ns}\n' for s in stats)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..base.errors import UsageError
+from ..base.names import check_ranges
 
 # %% ../../nbs/data/08b_browse.ipynb #1ef3b783
 def chosen_bands(
@@ -60,17 +61,18 @@ class Browsing:
     "What fastai's users ask a loader for; mixed into `Loader`."
     def new(self,
         shuffle:bool=False,  # a keyed order and whole batches; else from first to last, all of them
-        **kwargs,            # of fastai's loaders; none has a meaning here
+        bs:int|None=None,    # images in a batch; this loader's if None
+        **kwargs,            # drop_last, num_workers, get_idxs, which fastai's own code passes: without effect
     ) -> 'Loader':  # noqa: F821
         "A loader of the same samples, read in this process."
-        unknown = set(kwargs) - {'drop_last', 'num_workers', 'get_idxs', 'bs'}
+        unknown = set(kwargs) - {'drop_last', 'num_workers', 'get_idxs'}
         if unknown:
             raise UsageError(f'new takes shuffle and bs, got {", ".join(sorted(unknown))}: '
                              'a transform is set by dls.train.dataset.transform')
-        bs = min(kwargs.get('bs') or self.bs, len(self.dataset))
-        made = type(self)(self.dataset, bs, shuffle)
-        made.to(self.device)
-        return made
+        check_ranges(bs=bs)
+        loader = type(self)(self.dataset, min(bs or self.bs, len(self.dataset)), shuffle)
+        loader.to(self.device)
+        return loader
 
     def one_batch(self) -> tuple:   # images (b, c, h, w) uint8, sample index (b,), labels (b,)
         "The first batch of an epoch, on the device."

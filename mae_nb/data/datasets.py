@@ -8,7 +8,6 @@ __all__ = ['MAX_ARCHIVE', 'SOURCES', 'ImageSet', 'fashion', 'cifar10', 'folder_s
 
 # %% ../../nbs/data/04_datasets.ipynb #be7d543a
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..base.errors import MissingFile, UsageError
-from ..base.files import is_remote
+from ..base.errors import UsageError
+from ..base.files import is_remote, no_folder
 from ..base.keyed import generator, key
-from ..base.names import pick
 from ..base.processes import print_once
 from ..base.settings import setting
 from .archives import TRAIN_TAR, Encoded, Part, ilsvrc_parts, parquet_files, parquet_parts
@@ -204,22 +202,22 @@ def folder_set(
     "A folder of images; the names of its subfolders are the classes."
     folder = Path(folder)
     if not folder.is_dir():
-        raise MissingFile(f'no such folder: {folder}')
-    found = take_inventory(folder, image_endings())
-    if not found.images:
-        tars = found.passed['.tar']
+        raise no_folder(folder)
+    inventory = take_inventory(folder, image_endings())
+    if not inventory.images:
+        tars = inventory.passed['.tar']
         advice = f'it has {tars:,} tars, which are not read as images: unpack them' if tars else \
             'expected files such as .jpg or .png, flat or one folder per class'
-        raise UsageError('; '.join([f'no images in {folder}: {advice}', *found.notes()]))
-    if found.loose:
-        return ImageSet(str(folder), found.images, notes=found.notes())
-    counts = {name: n for name, n in found.classes.items() if n}
+        raise UsageError('; '.join([f'no images in {folder}: {advice}', *inventory.notes()]))
+    if inventory.loose:
+        return ImageSet(str(folder), inventory.images, notes=inventory.notes())
+    counts = {name: n for name, n in inventory.classes.items() if n}
     classes = classes or list(counts)
     if extra := set(counts) - set(classes):
         raise UsageError(f'{folder} holds classes that the training set lacks: {", ".join(sorted(extra)[:5])}')
     numbers = {c: i for i, c in enumerate(classes)}
     labels = np.repeat([numbers[name] for name in counts], list(counts.values()))
-    return ImageSet(str(folder), found.images, labels, classes, notes=found.notes())
+    return ImageSet(str(folder), inventory.images, labels, classes, notes=inventory.notes())
 
 def folder_sets(
     folder:str|Path,  # images, or folders of the training and validation images under one of the names in `PARTS`
@@ -227,12 +225,12 @@ def folder_sets(
     "A folder's training and validation set."
     folder = Path(folder)
     if not folder.is_dir():
-        raise MissingFile(f'no such folder: {folder}')
+        raise no_folder(folder)
     parts, notes = split_folders(folder)
     train = folder_set(parts.get('train', folder))
     train.notes = notes + train.notes
-    if parts and (beside := sum(is_image(f) for f in folder.iterdir())):
-        train.notes.append(f'{folder}: {beside:,} images beside {parts["train"].name} are not read')
+    if parts and (loose := sum(is_image(f) for f in folder.iterdir())):
+        train.notes.append(f'{folder}: {loose:,} images beside {parts["train"].name} are not read')
     return train, folder_set(parts['val'], train.classes) if 'val' in parts else None
 
 # %% ../../nbs/data/04_datasets.ipynb #39e40496
@@ -270,9 +268,7 @@ def read_source(
         return sets['train'], sets.get('val')
     if Path(source).is_dir():
         return folder_sets(source)
-    if os.sep in str(source) or '.' in str(source):
-        raise MissingFile(f'no such folder: {source}')
-    pick(str(source), SOURCES, 'data set (and no folder of that name)')
+    raise no_folder(source, SOURCES)
 
 def check_pair(
     train:ImageSet,       # the training set
@@ -332,7 +328,9 @@ def _held_out(train:ImageSet, n:int, seed:int) -> np.ndarray:
     while taken.sum() < n:
         open_classes = [c for c in by_rest if taken[c] < counts[c] - 1]
         if not open_classes:
-            raise UsageError(f'{train.name} has one image of each class, and none to hold out: add a validation set')
+            classes = (counts > 0).sum()
+            raise UsageError(f'{train.name} has {len(train)} images of {classes} classes, too few to hold out {n} '
+                             'and keep one of each class: add a validation set')
         taken[open_classes[:n - taken.sum()]] += 1
     if missed := [f'{c} ({k})' for c, k, t in zip(train.classes, counts, taken) if k and not t]:
         print_once(f'note: {train.name} has {len(missed)} classes that are too small to hold out an image of: '

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.files import BadFile, name_without_path, write_atomically
+from ..base.files import BadFile, write_atomically
 from .archives import TarMembers
 from .datasets import ImageSet
 from .shards import Packed
@@ -71,7 +71,7 @@ def list_data(
     "List the files of a run's sets."
     columns, titles = [], {}
     for images in sets:
-        part = name_without_path(images.name)
+        part = _place_of(images.name)
         for title, name, size, content in _entries(images, contents):
             place = titles.setdefault(f'{part}/{title}' if title else part, len(titles))
             columns.append((_hash(name), size, content, place))
@@ -80,6 +80,11 @@ def list_data(
     names, sizes, hashes, places = table.T
     return Listing(names, sizes, hashes, places.astype(np.int32), list(titles), list(map(str, sets[0].classes)),
                    len(sets[0]))
+
+def _place_of(name:str) -> str:
+    "A set's folder, behind its data set's if it is a part: by the names that the first listings knew, to compare them."
+    *_, above, folder = '', '', *Path(name).parts
+    return f'{above}/{folder}' if above and folder in ('train', 'val', 'valid', 'validation', 'test') else folder
 
 def _entries(images:ImageSet, contents:bool):
     "The (class, name, bytes, hash or 0) of each file of a set."
@@ -161,12 +166,12 @@ def compare_listings(
 def _renamed(before:Listing, now:Listing) -> dict:
     "Places that are gone -> new ones with the same files."
     def places(listing, others):
-        found = {}
+        files_of = {}
         for number, title in enumerate(listing.titles):
             if title not in others.titles:
                 members = listing.places == number
-                found[title] = listing.names[members].tobytes() + listing.sizes[members].tobytes()
-        return found
+                files_of[title] = listing.names[members].tobytes() + listing.sizes[members].tobytes()
+        return files_of
 
     by_files = {files: title for title, files in places(now, before).items()}
     return {title: by_files[files] for title, files in places(before, now).items() if files in by_files}

@@ -25,7 +25,8 @@ import numpy as np
 import simplejpeg
 import torch
 
-from ..base.errors import UsageError, one_line
+from ..base.errors import MissingFile, UsageError, one_line
+from ..base.files import other_kind
 from ..base.signals import leave_signals_to_parent
 
 # %% ../../nbs/data/01_images.ipynb #3e027446
@@ -40,7 +41,8 @@ def printable(
     file:str|Path,  # its name may hold any byte but 0
 ) -> str:
     "A file's name as one line that can be printed."
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(file))
+    name = str(file)
+    return name if name.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 # %% ../../nbs/data/01_images.ipynb #6ba48c3f
 _TRANSPARENT = ('RGBA', 'LA', 'PA', 'La', 'RGBa')   # PIL's modes with an alpha channel
@@ -92,7 +94,8 @@ def file_bytes(
     "The content of a plain file that is neither empty nor larger than `MAX_BYTES`."
     info = os.stat(file)
     if not stat.S_ISREG(info.st_mode):
-        raise ValueError('not a plain file')   # reading a pipe would never end
+        kind = 'a folder' if stat.S_ISDIR(info.st_mode) else 'not a plain file'   # reading a pipe would never end
+        raise ValueError(f'{kind}: name an image file')
     if info.st_size == 0:
         raise ValueError('the file is empty')
     if info.st_size > MAX_BYTES:
@@ -201,8 +204,8 @@ def read_image(
     try:
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
     except UnidentifiedImageError:
-        raise ValueError(_tiff_reason(data) or f'no picture in a format that is read here: {", ".join(IMAGE_FORMATS)}'
-                         ) from None
+        known = f'no picture in a format that is read here: {", ".join(IMAGE_FORMATS)}'
+        raise ValueError(_tiff_reason(data) or other_kind(data) or known) from None
     except Image.DecompressionBombError:
         raise ValueError(f'more than {MAX_PIXELS:,} pixels') from None
     with opened as im:
@@ -217,6 +220,11 @@ class JpegHead(NamedTuple):
     space: str    # colour space: Gray, YCbCr, RGB, CMYK or YCCK
     turn: int     # EXIF orientation, from 1 = upright to 8
     is_lossless: bool   # such a file is decoded at full scale, and by the CPU
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        "Rows and columns as a viewer shows them."
+        return (self.columns, self.rows) if self.turn in (5, 6, 7, 8) else (self.rows, self.columns)
 
 def jpeg_head(
     data:bytes,  # a JPEG file
@@ -236,8 +244,7 @@ def _read_jpeg(data:bytes, in_chans:int, shrink:Callable|None) -> torch.Tensor:
     "A JPEG, without PIL where it is not needed."
     head = jpeg_head(data)
     has_inks = head.space in ('CMYK', 'YCCK')
-    upright = (head.columns, head.rows) if head.turn in (5, 6, 7, 8) else (head.rows, head.columns)
-    factor = shrink(upright) if shrink and not has_inks and not head.is_lossless else 1
+    factor = shrink(head.upright) if shrink and not has_inks and not head.is_lossless else 1
     pixels = jpeg_pixels(head.bare, 'CMYK' if has_inks else 'GRAY' if head.space == 'Gray' else 'RGB', factor)
     if head.space == 'Gray' and in_chans == 3:
         pixels = pixels.repeat(3, axis=2)   # the same as decoding to RGB, which a lossless file refuses
@@ -258,7 +265,8 @@ def _tiff_reason(data:bytes) -> str:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         file = io.BytesIO(data)
         file.seek(tags.next)
-        with warnings.catch_warnings(action='ignore'):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             tags.load(file)
         _, bands, bits, is_float = tags[256], tags.get(277, 1), max(tags.get(258, (1,))), 3 in tags.get(339, ())
     except Exception:
@@ -291,8 +299,8 @@ def read_or_explain(
     "Read an image, or raise an error that names the file."
     try:
         return read_image(file, in_chans)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as e:
+        raise MissingFile(f'no such image file: {file}') from e
     except Exception as e:
         raise UsageError(f'{file} cannot be read as an image: {one_line(e)}') from e
 

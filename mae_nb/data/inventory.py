@@ -145,44 +145,44 @@ def take_inventory(
     endings:frozenset,   # of images, such as .jpg, in small letters
 ) -> Inventory:
     "Everything in a folder, by what becomes of it."
-    found = Inventory(Path(folder))
-    found.images = Paths(folder, Names(_image_names(found, str(folder), endings)))
-    for name in [c for c, n in found.classes.items() if not n]:
-        found.unused.setdefault(name, Counter())
-    for name, kinds in found.unused.items():
+    inventory = Inventory(Path(folder))
+    inventory.images = Paths(folder, Names(_image_names(inventory, str(folder), endings)))
+    for name in [c for c, n in inventory.classes.items() if not n]:
+        inventory.unused.setdefault(name, Counter())
+    for name, kinds in inventory.unused.items():
         pictures = Counter({ending: n for ending, n in kinds.items() if ending in UNREAD})
-        if pictures and not found.loose:
+        if pictures and not inventory.loose:
             raise UsageError(f'the class {name} in {folder} would vanish: its pictures are in no format that is '
                              f'read here, {_counted(pictures)}: convert them, or move the folder away')
-    return found
+    return inventory
 
-def _image_names(found:Inventory, root:str, endings:frozenset) -> Iterator[str]:
+def _image_names(inventory:Inventory, root:str, endings:frozenset) -> Iterator[str]:
     "The names of all images, relative to the root; what else there is goes into the inventory."
     visited, above = {}, []   # identity of each folder -> its name; the folders that are open
-    above.append(_enter(found, root, '', visited, above))
+    above.append(_enter(inventory, root, '', visited, above))
     while above:
         _, prefix, entries = above[-1]
         name, is_folder = next(entries, (None, False))
         if name is None:
             above.pop()
         elif is_hidden(name):
-            found.hidden += 1
+            inventory.hidden += 1
         elif is_folder:
             if not prefix:
-                found.classes[name] = 0
-            if opened := _enter(found, root, prefix + name, visited, above):
+                inventory.classes[name] = 0
+            if opened := _enter(inventory, root, prefix + name, visited, above):
                 above.append(opened)
-        elif _count_file(found, prefix, name, endings):
+        elif _count_file(inventory, prefix, name, endings):
             yield prefix + name
 
-def _enter(found:Inventory, root:str, name:str, visited:dict, above:list) -> tuple|None:
+def _enter(inventory:Inventory, root:str, name:str, visited:dict, above:list) -> tuple|None:
     "A folder's (identity, names' beginning, sorted entries); None if it was read already."
     place = os.path.join(root, name)
     try:
         info = os.stat(place)
         identity = info.st_dev, info.st_ino
         if identity in visited:
-            _note_again(found, name, visited[identity], is_above=any(identity == other for other, *_ in above))
+            _note_again(inventory, name, visited[identity], is_above=any(identity == other for other, *_ in above))
             return None
         visited[identity] = name
         with os.scandir(place) as entries:
@@ -199,28 +199,28 @@ def _is_folder(entry:os.DirEntry) -> bool:
             return False
         raise
 
-def _note_again(found:Inventory, name:str, first:str, is_above:bool):
+def _note_again(inventory:Inventory, name:str, first:str, is_above:bool):
     "A folder that was met before: a loop is noted, a second class of the same images is an error."
     if name.partition('/')[0] != first.partition('/')[0] and not is_above:
-        raise UsageError(f'{first} and {name} in {found.folder} are one folder: which class are its images? '
+        raise UsageError(f'{first} and {name} in {inventory.folder} are one folder: which class are its images? '
                          'Remove one of them')
-    found.classes.pop(name, None)
-    found.links.append((name, first or 'the folder itself'))
+    inventory.classes.pop(name, None)
+    inventory.links.append((name, first or 'the folder itself'))
 
-def _count_file(found:Inventory, prefix:str, name:str, endings:frozenset) -> bool:
+def _count_file(inventory:Inventory, prefix:str, name:str, endings:frozenset) -> bool:
     "Whether a file is an image; it is counted either way."
     ending = os.path.splitext(name)[1].lower()
     top = prefix.partition('/')[0]
     if ending in endings:
         if top:
-            found.classes[top] += 1
-            found.unused.pop(top, None)
+            inventory.classes[top] += 1
+            inventory.unused.pop(top, None)
         else:
-            found.loose += 1
+            inventory.loose += 1
         return True
-    found.passed[ending] += 1
-    if top and not found.classes[top]:
-        found.unused.setdefault(top, Counter())[ending] += 1
+    inventory.passed[ending] += 1
+    if top and not inventory.classes[top]:
+        inventory.unused.setdefault(top, Counter())[ending] += 1
     return False
 
 # %% ../../nbs/data/00_inventory.ipynb #85b438a6
@@ -254,12 +254,12 @@ def split_folders(
         _refuse_lone_parts(folder, parts, others)
         return {}, [f'{folder}: the folder {n} is taken as a class, not as a part of the data' for n in parts]
     held_out = by_part['val'] + by_part['test']
-    found = dict(train=folder/by_part['train'][0])
+    folders = dict(train=folder/by_part['train'][0])
     if held_out:
-        found['val'] = folder/held_out[0]
+        folders['val'] = folder/held_out[0]
     ignored = held_out[1:] + others
-    used = ' and '.join(f.name for f in found.values())
-    return found, [f'{folder}: not read beside {used}: {", ".join(ignored)}'] if ignored else []
+    used = ' and '.join(f.name for f in folders.values())
+    return folders, [f'{folder}: not read beside {used}: {", ".join(ignored)}'] if ignored else []
 
 def _refuse_lone_parts(folder:Path, parts:list, others:list):
     "An error where folders without training images are parts of a data set and no classes."

@@ -11,11 +11,12 @@ from itertools import chain
 from pathlib import Path
 
 from ..base.errors import UsageError
+from ..base.files import is_remote
 from ..base.names import check_ranges
 from ..base.processes import print_once
 from .archives import Files, Part
 from .datasets import SOURCES, encoded_parts, load_source
-from .shards import check_shards, left_out, pack, read_index
+from .shards import INDEX, check_shards, left_out, pack, read_index
 
 # %% ../../nbs/data/10_packing.ipynb #1bb35d11
 def packable_parts(
@@ -43,6 +44,9 @@ def pack_source(
 ) -> dict:                     # the list of shards
     "Pack a data set into checked shards, resume packing, or check what is packed."
     if out is None:
+        if not is_remote(source) and Path(source).is_dir() and not (Path(source)/INDEX).is_file():
+            raise UsageError(f'{source} is not packed, so it cannot be checked: name the folder to pack it into, '
+                             f'such as mae-pack {source} packed')
         index = read_index(source)
         check_shards(source, index)
         if not index['complete']:

@@ -129,7 +129,7 @@ class _Job(NamedTuple):
 class _ShardWriter(Dataset):
     "Writes shard `i` in a loader's worker; an error is returned, since one raised there comes wrapped in a traceback."
     def __init__(self, out:Path, parts:dict, jobs:list, encode:Callable, plan:dict):
-        self.out, self.parts, self.jobs, self.encode, self.plan = out, parts, jobs, encode, plan
+        self.out, self.parts, self.jobs, self.encode, self.mark = out, parts, jobs, encode, _marks(plan)
 
     def __len__(self): return len(self.jobs)
 
@@ -137,7 +137,7 @@ class _ShardWriter(Dataset):
         job = self.jobs[i]
         try:
             ids = range(job.start, job.stop)
-            return write_shard(self.out/job.file, self.parts[job.part], ids, self.encode, _mark(job.file, self.plan))
+            return write_shard(self.out/job.file, self.parts[job.part], ids, self.encode, self.mark(file=job.file))
         except Exception as e:
             return e
 
@@ -152,9 +152,9 @@ def _plan(parts:dict, max_side:int|None, quality:int, per_shard:int) -> dict:
 
 def _digest(text:str) -> str: return hashlib.sha256(text.encode()).hexdigest()
 
-def _mark(file:str, plan:dict) -> dict:
-    "What a shard notes about itself: its name, and the pack that it belongs to."
-    return dict(file=file, plan=_digest(json.dumps(plan, sort_keys=True))[:16])
+def _marks(plan:dict) -> Callable:
+    "What a shard notes about itself, `file` -> dict: its name, and the pack that it belongs to."
+    return partial(dict, plan=_digest(json.dumps(plan, sort_keys=True))[:16])
 
 def _jobs(parts:dict, per_shard:int) -> list[_Job]:
     jobs = []
@@ -296,7 +296,7 @@ class Packed(Encoded):
         return self.opened[s]
 
     def check(self,
-        plan:dict,         # of the packed folder
+        mark:Callable,     # a shard's name -> what it notes about itself
         labels:list|None,  # of all its images
     ):
         "Raise `UsageError` where a file in the folder is not the shard that its name says."
@@ -306,7 +306,7 @@ class Packed(Encoded):
             except (OSError, ValueError) as e:   # as pyarrow reports a damaged file
                 raise UsageError(f'{self.folder/file} is damaged: {e}: run the same mae-pack again') from e
             note = (shard.schema.metadata or {}).get(b'mae_nb')
-            fits = shard.num_record_batches == images and (note is None or json.loads(note) == _mark(file, plan))
+            fits = shard.num_record_batches == images and (note is None or json.loads(note) == mark(file=file))
             if fits and note is None and labels:   # an earlier version's: compare some of its labels
                 first = self.ends[s] - images
                 fits = all(shard.get_batch(i)['label'][0].as_py() == labels[first + i] for i in range(0, images, 99))
@@ -351,5 +351,5 @@ def _packed_part(name:str, index:dict, folder:Path, uri:str|None) -> Part:
     labels = index['labels'][name]
     images = Packed(folder, shards, uri)
     if uri is None:   # a copy from elsewhere is checked by its hash
-        images.check(index['plan'], labels)
+        images.check(_marks(index['plan']), labels)
     return Part(images, None if labels is None else np.array(labels), index['plan']['parts'][name]['classes'])

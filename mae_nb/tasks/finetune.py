@@ -25,7 +25,7 @@ from ..base.files import save_figure, write_atomically
 from ..base.keyed import key, seeded, uniform
 from ..base.processes import gather_values, print_once, rank
 from ..data.augment import mix_batch
-from ..data.datasets import load_source, split_labelled
+from ..data.channels import load_labelled
 from ..data.loader import get_dls
 from ..model.classifier import Classifier, create_classifier
 from ..training.callbacks import DeviceMean
@@ -319,11 +319,11 @@ def finetune_setup(
     options.check()
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
-    size = {} if options.img_size is None else dict(img_size=options.img_size)
+    size = {name: getattr(options, name) for name in ('img_size', 'in_chans') if getattr(options, name) is not None}
     begun = None if options.from_scratch else begun_model(options)
     weights = None if options.from_scratch or begun else open_weights(options.weights)
-    encoder = None if weights is None else load_encoder(weights, **size)[0]
-    sets = split_labelled(load_source(options.data), options.seed, options.split)
+    encoder, loading = (None, None) if weights is None else load_encoder(weights, **size)
+    sets = load_labelled(options.data, options.seed, options.split, **options.image_options)
     head = len(sets[0].classes), recipe.pool, recipe.drop_path
     if options.from_scratch:
         model = seeded(options.seed, create_classifier, options.model_name, *head, img_size=options.img_size,
@@ -332,6 +332,7 @@ def finetune_setup(
         model = create_classifier(**begun)   # the checkpoint fills it
     else:
         model, report = seeded(options.seed, classifier_from, encoder, *head)
+        report.changed.update(loading.changed)   # positions or channels, when the encoder was read
         for line in filter(None, (report, keep_head(model, weights, sets[0].classes))):
             print_once(f'{options.weights}: {line}')
     return finetune_run(sets, model, recipe, options, config=dict(options=options.as_config()))

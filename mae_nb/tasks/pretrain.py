@@ -21,6 +21,7 @@ from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import generator, key, seeded, uniform
 from ..base.processes import print_once, rank
+from ..data.channels import with_channels
 from ..data.datasets import ImageSet, load_source
 from ..data.images import standardize
 from ..data.loader import Samples, get_dls
@@ -223,7 +224,7 @@ def pretrain_setup(
     options = options.resumed()
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before the images are read
-    sets = load_source(options.data)
+    sets = with_channels(load_source(options.data), **options.image_options)
     model = started_model(options, recipe, sets[0].in_chans)
     return pretrain_run(sets, model, recipe, options, dict(options=options.as_config()))
 

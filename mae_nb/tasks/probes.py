@@ -22,7 +22,7 @@ from ..base.errors import UsageError
 from ..base.keyed import seeded
 from ..base.names import pick
 from ..base.processes import print_once, processes
-from ..data.datasets import load_source, split_labelled
+from ..data.channels import load_labelled
 from ..data.loader import get_dls
 from ..model.classifier import ENCODER_OPTIONS, encoder_options
 from ..model.encoder import Encoder, pool_tokens
@@ -274,7 +274,8 @@ def _read_encoder(options:ProbeOptions) -> tuple:
     "The encoder, and what is said of its weights; a run that resumes does not need them."
     begun = begun_model(options) if options.trains else None
     if begun is None:
-        return load_encoder(options.weights)
+        channels = {} if options.in_chans is None else dict(in_chans=options.in_chans)
+        return load_encoder(options.weights, **channels)
     config = {k: v for k, v in begun.items() if k in ('name', *ENCODER_OPTIONS)}
     return Encoder(**encoder_options(**config), config=config).eval(), 'all weights come from the checkpoint'
 
@@ -286,7 +287,7 @@ def _read_probe(options:ProbeOptions) -> tuple:
     encoder, report = _read_encoder(options)
     if not any(setting.startswith('queries') for setting in options.set):
         recipe = fit_queries(recipe, encoder)
-    sets = split_labelled(load_source(options.data), options.seed, options.split)
+    sets = load_labelled(options.data, options.seed, options.split, **options.image_options)
     print_once(f'{options.weights}: {report}')
     return sets, encoder, recipe
 

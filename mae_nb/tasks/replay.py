@@ -30,7 +30,7 @@ def read_step(
     "The description of a bad step."
     file = Path(folder)/'step.json'
     if not file.is_file():
-        raise MissingFile(f'{folder} holds no step: it has no step.json')
+        raise MissingFile(f'{folder} holds no step: it has no step.json: name a folder in a run\'s bad_steps')
     try:
         step = json.loads(file.read_text())
     except ValueError as e:

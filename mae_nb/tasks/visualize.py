@@ -114,12 +114,24 @@ def save_reconstructions(
     plt.close(fig)
     return file
 
+def _for_channels(name:str, given:tuple|None, known:tuple, channels:int) -> tuple:
+    "A number for each channel."
+    if channels not in (1, 3):
+        raise UsageError(f'the model takes {channels} channels, and image files are read with 1 or 3: '
+                         'in Python, show_reconstructions takes such images and their `bands`')
+    values = known if given is None else given
+    if len(values) not in (1, channels):
+        raise UsageError(f'`{name}` has {len(values)} numbers and the model {channels} channels: give one for each')
+    return tuple(values) * (channels // len(values))
+
 def show(
     weights:str|Path,                       # a run folder, weights of any layout, or the name of published ones
     images:Sequence[str|Path],              # image files
     out:str|Path='reconstructions.png',     # the picture to write
     seed:int=0,                             # of the masks
     device:str|None=None,                   # such as 'cpu' or 'cuda:0'; the GPU if there is one if None
+    mean:tuple|None=None,                   # of pixels in [0, 1], one for all channels or one each; the weights' own
+    std:tuple|None=None,                    # the same for the deviation
     **options,                              # of `load_mae`: name, target, img_size, mask_ratio, mask
 ) -> Path:
     "Draw what a masked autoencoder makes of image files."
@@ -128,8 +140,10 @@ def show(
         raise UsageError('name at least one image file')
     opened = open_weights(weights)
     model, data = load_mae(opened, **options), opened.data
-    mean, std = (data['mean'], data['std']) if data else (IMAGENET_MEAN, IMAGENET_STD)
-    imgs = torch.stack([eval_transform(read_or_explain(f, len(mean)), model.encoder.img_size) for f in images])
+    known = (data['mean'], data['std']) if data else (IMAGENET_MEAN, IMAGENET_STD)
+    channels = model.encoder.in_chans
+    mean, std = (_for_channels(*pair, channels) for pair in (('mean', mean, known[0]), ('std', std, known[1])))
+    imgs = torch.stack([eval_transform(read_or_explain(f, channels), model.encoder.img_size) for f in images])
     model, imgs = model.to(get_device(device)), imgs.to(get_device(device))
     noise = uniform(key(seed, 0, torch.arange(len(imgs), device=imgs.device), 'mask'), model.num_patches)
     fig = show_reconstructions(model, standardize(imgs, mean, std), mean, std, noise)

@@ -58,7 +58,8 @@ def check_channels(
     images = train_images(dls)
     if images.in_chans != encoder.in_chans:
         raise UsageError(f'{images.name} has images of {images.in_chans} channels and the model takes '
-                         f'{encoder.in_chans}: create the model with in_chans={images.in_chans}')
+                         f'{encoder.in_chans}: create the model with in_chans={images.in_chans}, '
+                         f'or read the images with in_chans={encoder.in_chans}')
 
 # %% ../../nbs/training/12_engine.ipynb #25ea6c2c
 def run_seed(

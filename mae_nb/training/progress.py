@@ -85,8 +85,9 @@ def bar_over(
 class Progress(Callback):
     "A bar over the whole run in a terminal or notebook, a line now and then in a log file, a row for each epoch."
     order, every = 60, 20   # the loss is fetched from the device once in `every` steps
-    quiet_seconds = 30      # between two lines of a log file
-    bar = None
+    quiet_seconds = 30      # between two lines of a log file; the first minute has more
+    first_seconds, first_quiet = 60, 4
+    bar, widths = None, None
 
     def before_fit(self):
         self.bar = bar_over(self.total_batches)
@@ -94,7 +95,18 @@ class Progress(Callback):
         self.last_line = self.start
         self.row(self.recorder.metric_names, ('img/s', 'MFU', 'wait', 'GiB', 'left'))
 
-    def row(self, values, more): self.say('  '.join([*(f'{v:>10}' for v in values), *(f'{v:>7}' for v in more)]))
+    def row(self, values, more):
+        "Print a row of the table; a narrow terminal has narrower columns, as wide as their names."
+        values, more = list(values), list(more)
+        if self.widths is None:   # of the names
+            wide = len(values) * 12 + len(more) * 9 - 2
+            is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < wide
+            self.widths = [max(len(name), 7) for name in values] if is_narrow else []
+        if self.widths:
+            columns = zip(values + more, [*self.widths, 6, 4, 4, 5, 8])
+            self.say(' '.join(f'{value:>{width}}' for value, width in columns))
+        else:
+            self.say('  '.join([*(f'{v:>10}' for v in values), *(f'{v:>7}' for v in more)]))
 
     def say(self, line:str):
         "Print a line, in a terminal over the bar."
@@ -119,10 +131,17 @@ class Progress(Callback):
             loss = f'loss {self.learn.loss.item():.4f}'
             if self.bar:
                 self.bar.comment = loss
-            elif time.time() - self.last_line > self.quiet_seconds:
+            elif self.is_line_due():
                 self.log_line(loss)
         if self.bar and self.train_iter < self.total_batches:
             self.bar.update(self.train_iter)
+
+    def is_line_due(self) -> bool:
+        "Whether a log file has had no line for long enough: some seconds in the first minute, then half a minute."
+        now = time.time()
+        is_first = now - self.start < self.first_seconds
+        quiet = min(self.first_quiet, self.quiet_seconds) if is_first else self.quiet_seconds
+        return now - self.last_line > quiet
 
     def log_line(self, loss:str):
         "A line for a log file, about the time since the last one."

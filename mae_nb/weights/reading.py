@@ -46,7 +46,8 @@ def weights_file(
     for file in (where/'model.safetensors', *checkpoints_in(where/'checkpoints'), *foreign):
         if file.is_file():
             return file
-    raise MissingFile(f'{where} holds no model.safetensors and no checkpoint')
+    raise MissingFile(f'{where} holds no model.safetensors and no checkpoint: name a run folder, such as '
+                      'runs/pretrain-1, or a weights file')
 
 # %% ../../nbs/weights/03_reading.ipynb #f313543e
 def _json(

@@ -10,6 +10,7 @@ import argparse
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def read_pickle(
     try:
         if zipfile.is_zipfile(file):
             _check_archive(file)
-        with torch.serialization.safe_globals(_PLAIN + _STAND_INS):
+        with torch.serialization.safe_globals(_PLAIN + _STAND_INS), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Detected pickle protocol')   # it is read or refused
             return torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         refused = re.search(r'GLOBAL (\S+)', str(e))
@@ -74,7 +76,11 @@ def read_pickle(
                              'if you trust it, save its tensors alone: '
                              'torch.save(torch.load(file, weights_only=False)["model"], "tensors.pth")') from e
         raise UsageError(f'{file} cannot be read as weights: '
-                         'it is no file of torch.save, or holds more than tensors') from e
+                         'it is no file of torch.save, or holds more than tensors: '
+                         'name a run folder, a .safetensors file, or one of torch.save') from e
+    except KeyError as e:   # an instruction that no pickle has
+        raise UsageError(f'{file} cannot be read as weights: it is no file of torch.save: '
+                         'name a run folder, a .safetensors file, or one of torch.save') from e
     except Exception as e:
         raise UsageError(f'{file} cannot be read as weights: {first_line(e)}') from e
 

@@ -32,7 +32,7 @@ def parser_of(name):
 def numbers_of(name):
     "The flags of a command that take a number, with how each is read."
     readers = {action.dest: action.type for action in parser_of(name)._actions}
-    numeric = (int, float, command_line._size, command_line._blocks)
+    numeric = (int, float, command_line._size, command_line._blocks, command_line._numbers)
     return {flag: reader for flag, reader in readers.items() if reader in numeric}
 
 
