@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Terminated', 'raise_terminated', 'Monitor', 'write_line', 'StopSignals', 'leave_signals_to_parent', 'LastingOutput',
-           'outlive_output', 'Heartbeats', 'start_heartbeats']
+           'hide_errors_of', 'outlive_output', 'Heartbeats', 'start_heartbeats']
 
 # %% ../../nbs/base/09_signals.ipynb #c0a93411
 import os
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from .processes import processes, rank, requeue
 
@@ -212,6 +213,19 @@ class LastingOutput:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
+
+def hide_errors_of(
+    library:str,  # whose threads note their errors and raise them again in ours
+) -> Callable:    # undoes it
+    "Report no errors of a library's own threads, which would be told twice."
+    before = threading.excepthook
+
+    def report(error):
+        if not type(error.thread).__module__.startswith(library):
+            before(error)
+
+    threading.excepthook = report
+    return partial(setattr, threading, 'excepthook', before)
 
 def outlive_output():
     "Let this process go on when its output is closed."

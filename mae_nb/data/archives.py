@@ -40,8 +40,7 @@ class Encoded(Sequence):
         "The images in this view."
         return self._ids.values
 
-    def __len__(self):
-        return len(self.ids)
+    def __len__(self): return len(self.ids)
 
     def __getitem__(self, i):
         if isinstance(i, (int, np.integer)):
@@ -50,8 +49,7 @@ class Encoded(Sequence):
         view._ids = SharedArray(self.ids[i])
         return view
 
-    def name(self, i:int) -> str:
-        return self.name_of(int(self.ids[i]))
+    def name(self, i:int) -> str: return self.name_of(int(self.ids[i]))
 
     def sources(self, ids:range) -> list|None:
         "The files that these images of the whole source are read from; None where that is not known."
@@ -74,11 +72,8 @@ class Files(Encoded):
         self.paths, self.root = paths, root
 
     def sources(self, ids): return [self.paths[i] for i in ids]
-    def read(self, i):
-        return Path(self.paths[i]).read_bytes()
-
-    def name_of(self, i):
-        return Path(self.paths[i]).relative_to(self.root).as_posix()
+    def read(self, i): return Path(self.paths[i]).read_bytes()
+    def name_of(self, i): return Path(self.paths[i]).relative_to(self.root).as_posix()
 
 # %% ../../nbs/data/02_archives.ipynb #50628af7
 @dataclass
@@ -101,14 +96,13 @@ class TarMembers(Encoded):
         self.places = SharedArray(np.array([place for _, *place in members], dtype=np.int64).reshape(-1, 2))
 
     def sources(self, ids): return [self.tar]
+    def name_of(self, i): return self.names[i]
+
     def read(self, i):
         start, size = self.places.values[i].tolist()
         with open(self.tar, 'rb') as f:
             f.seek(start)
             return f.read(size)
-
-    def name_of(self, i):
-        return self.names[i]
 
 def tar_members(
     tar:Path,    # an uncompressed archive
@@ -195,9 +189,11 @@ class ParquetRows(Encoded):
         return data
 
     def column(self, group:int):
-        file, number, _ = self.groups[group]
+        file, number, rows = self.groups[group]
         with _parquet(file) as f:
             table = f.read_row_group(number, columns=['image.bytes'], use_threads=False)
+        if len(table) != rows:
+            raise UsageError(f'{file} is damaged: row group {number} has {len(table)} of its {rows} rows')
         return table['image'].combine_chunks().field('bytes')
 
     def name_of(self, i):

@@ -37,9 +37,7 @@ def reencode(
 ) -> bytes:
     "Check an image and, if it is longer than `max_side` or no JPEG, write it anew as a JPEG."
     img = read(io.BytesIO(raw))
-    if max_side is None:
-        return raw
-    if max(img.shape[1:]) <= max_side and raw[:2] == b'\xff\xd8':
+    if max_side is None or (max(img.shape[1:]) <= max_side and raw[:2] == b'\xff\xd8'):
         return raw
     is_grey = bool((img == img[:1]).all())
     pixels = img[0] if is_grey else img.permute(1, 2, 0)
@@ -78,8 +76,6 @@ def write_shard(
 # %% ../../nbs/data/03_shards.ipynb #9191b145
 INDEX = 'mae_pack.json'
 
-def _index_hash(index:dict) -> str: return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
 def read_index(
     folder:str|Path,  # a packed folder, or its address in an object store
 ) -> dict:            # the list of shards, `plan`, `complete`, `labels`
@@ -93,7 +89,7 @@ def read_index(
     kinds = dict(plan=dict, shards=dict, complete=bool)
     if not isinstance(index, dict) or not all(isinstance(index.get(k), kind) for k, kind in kinds.items()):
         raise UsageError(f'{folder}/{INDEX} is damaged: it lists no plan and shards: pack into a new folder')
-    if index.pop('hash', None) not in (None, _index_hash(index)):   # earlier versions wrote none
+    if index.pop('hash', None) not in (None, _digest(json.dumps(index, sort_keys=True))):   # None: older
         raise UsageError(f'{folder}/{INDEX} is damaged: its content does not match its hash: pack into a new folder')
     if index['plan'].get('version') != 1:
         raise UsageError(f'{folder} was packed by a later version of mae_nb: update this one')
@@ -180,7 +176,7 @@ def _begin(out:Path, plan:dict, skip_bad:bool) -> dict:
 def _is_whole(file:Path, row:dict) -> bool: return file.is_file() and file.stat().st_size == row['bytes']
 
 def _write_index(out:Path, index:dict):
-    write_whole(out/INDEX, json.dumps(index | dict(hash=_index_hash(index))) + '\n')
+    write_whole(out/INDEX, json.dumps(index | dict(hash=_digest(json.dumps(index, sort_keys=True)))) + '\n')
 
 # %% ../../nbs/data/03_shards.ipynb #6b445cda
 def pack(
@@ -277,8 +273,7 @@ class Packed(Encoded):
     def row(self, i:int) -> tuple:
         "The record batch of image `i`, and its shard's number."
         s = bisect_right(self.ends, i)
-        place = i - self.ends[s] + self.shards[s][1]['images']
-        return self.open(s).get_batch(place), s
+        return self.open(s).get_batch(i - self.ends[s] + self.shards[s][1]['images']), s
 
     def open(self, s:int):
         "Shard `s`, opened by this process."

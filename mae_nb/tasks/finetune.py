@@ -301,8 +301,7 @@ class FinetuneOptions(RunOptions):
     split:int=2              # a set without validation loses a tenth of each class; 1: of all, as before version 2
 
     @property
-    def task(self) -> str:
-        return 'scratch' if self.from_scratch else 'finetune'
+    def task(self) -> str: return 'scratch' if self.from_scratch else 'finetune'
 
     def check(self):
         "Raise a clear error where options contradict each other."

@@ -248,10 +248,8 @@ class TaskLearner(Learner):
 
     def all_batches(self):
         self.n_iter = len(self.dl)
-        size = 0
         for i, b in enumerate(self._timed(self.dl), self.first_batch if self.training else 0):
-            size = max(size, len(b[-1]))
-            with without_recompiling(len(b[-1]), size):
+            with without_recompiling(len(b[-1]), self.dl.bs):
                 self.one_batch(i, b)
 
     def _timed(self, batches):

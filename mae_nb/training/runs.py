@@ -9,7 +9,6 @@ __all__ = ['FREE', 'IMAGES', 'COMMANDS', 'make_run', 'next_run', 'RunWriter', 'r
 # %% ../../nbs/training/11_runs.ipynb #5b43b078
 import json
 import platform
-import threading
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +25,7 @@ from ..base.files import LOCK, lock_folder, read_json, save_figure, unlock_folde
 from ..base.names import RANGES, check_ranges, pick
 from ..base.processes import broadcast_value, rank
 from ..base.settings import setting
+from ..base.signals import hide_errors_of
 from ..base.tables import add_row, plot_metrics, read_metrics, start_table
 from .presets import default_model, default_recipe, pick_recipe, recipe_from_flags
 from .recipes import Recipe
@@ -84,8 +84,7 @@ def _versions() -> dict:
 def _read_config(run:Path) -> dict:
     "A run's `config.json`."
     if not (run/'config.json').is_file():
-        reason = 'it has no config.json' if run.is_dir() else 'it does not exist'
-        raise MissingFile(f'{run} is no run folder: {reason}')
+        raise MissingFile(f'{run} is no run folder: it {"has no config.json" if run.is_dir() else "does not exist"}')
     return read_json(run/'config.json')
 
 def _check_same_run(out:Path, config:dict):
@@ -114,7 +113,7 @@ def next_run(
 # %% ../../nbs/training/11_runs.ipynb #600b7423
 class RunWriter(Callback):
     "Keep a run's folder: a row per epoch in `metrics.csv` and `timing.csv`, TensorBoard events, weights, curves."
-    order, board, hook = 55, None, None
+    order, board = 55, None
     def __init__(self,
         out:Path,  # from `make_run`
     ):
@@ -126,20 +125,18 @@ class RunWriter(Callback):
         start_table(self.out/'timing.csv', ['epoch', 'train_seconds', 'images_per_second', 'mfu', 'data_wait',
                                             'peak_memory_gib'])
 
-    def write_row(self, file, values): add_row(self.out/file, values)
-
     def before_train(self):
         if self.board is None:
             self.before_fit()   # a checkpoint has put back what it found
             from torch.utils.tensorboard import SummaryWriter
             # events that a killed run has left beyond this step are dropped
             self.board = SummaryWriter(str(self.out), purge_step=self.train_iter or None)
-            self.hook, threading.excepthook = threading.excepthook, self.report_thread
+            self.show_errors = hide_errors_of('tensorboard')   # the next event raises them here
 
     def after_epoch(self):
         values, lr, pace = list(self.recorder.log), self.recorder.lrs[-1], self.pace.report
-        self.write_row('metrics.csv', ['' if v is None else v for v in values] + [lr, int(self.guard.skipped)])
-        self.write_row('timing.csv', [self.epoch, *('' if v is None else f'{v:.4f}' for v in pace.values())])
+        add_row(self.out/'metrics.csv', ['' if v is None else v for v in values] + [lr, int(self.guard.skipped)])
+        add_row(self.out/'timing.csv', [self.epoch, *('' if v is None else f'{v:.4f}' for v in pace.values())])
         self.write_board(dict(zip(self.recorder.metric_names[1:], values[1:], strict=True)), dict(lr=lr) | pace)
 
     def write_board(self, metrics:dict, pace:dict):
@@ -169,14 +166,9 @@ class RunWriter(Callback):
         plt.close(fig)
         self.close()
 
-    def report_thread(self, error):
-        "The board's thread fails, such as on a full disk: the next event raises its error here, in one line."
-        if not type(error.thread).__module__.startswith('tensorboard'):
-            self.hook(error)
-
     def close(self):
         if self.board:
-            threading.excepthook, self.hook = self.hook, None
+            self.show_errors()
             board, self.board = self.board, None
             board.close()
 
