@@ -76,6 +76,8 @@ def write_shard(
 # %% ../../nbs/data/03_shards.ipynb #9191b145
 INDEX = 'mae_pack.json'
 
+def _digest(text:str) -> str: return hashlib.sha256(text.encode()).hexdigest()
+
 def read_index(
     folder:str|Path,  # a packed folder, or its address in an object store
 ) -> dict:            # the list of shards, `plan`, `complete`, `labels`
@@ -145,8 +147,6 @@ def _plan(parts:dict, max_side:int|None, quality:int, per_shard:int) -> dict:
         listing = json.dumps([[part.items.name(i) for i in range(len(part.items))], labels])
         about[name] = dict(images=len(part.items), classes=list(part.classes), listing=_digest(listing))
     return dict(version=1, max_side=max_side, quality=max_side and quality, per_shard=per_shard, parts=about)
-
-def _digest(text:str) -> str: return hashlib.sha256(text.encode()).hexdigest()
 
 def _marks(plan:dict) -> Callable:
     "What a shard notes about itself, `file` -> dict: its name, and the pack that it belongs to."

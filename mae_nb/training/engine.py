@@ -249,7 +249,7 @@ class TaskLearner(Learner):
     def all_batches(self):
         self.n_iter = len(self.dl)
         for i, b in enumerate(self._timed(self.dl), self.first_batch if self.training else 0):
-            with without_recompiling(len(b[-1]), self.dl.bs):
+            with without_recompiling(len(b[-1]), getattr(self.dl, 'bs', 0)):   # a list of batches has none
                 self.one_batch(i, b)
 
     def _timed(self, batches):
