@@ -48,13 +48,18 @@ SMALL = [
     ('mae-demo', {}, '--epochs 1'),
     ('mae-check', {}, ''),
     ('mae-show', {}, ''),
+    ('mae-convert runs/finetune-1 program --format onnx --quantize', {'fashion': 'path/to/labelled'}, ''),
     ('mae-convert', {}, ''),
+    ('mae-eval path/to/imagenet/val', {'path/to/imagenet/val': 'path/to/labelled'}, '--num-workers 0 --bs 8'),
+    ('mae-eval path/to/labelled', {'vit_b_16.pth': 'runs/finetune-1'}, '--num-workers 0 --bs 8'),
+    ('mae-embed', {'mae_pretrain_vit_base.pth': 'runs/pretrain-1'}, '--num-workers 0 --bs 8'),
+    ('mae-neighbours', {'cats/12.jpg': 'cats/001.jpg'}, ''),
     ('mae-replay', {}, ''),
 ]
 # torchrun's own words: two processes in one machine
 PROCESSES = {'--nproc-per-node': '2', '--nnodes': '1', '--rdzv-endpoint': 'localhost:0'}
 
-# Lines that set up a machine, and where they are tested.
+# Lines that set up a machine or need ImageNet's thousand classes, and where they are tested.
 ELSEWHERE = {
     'python3 -m venv .venv': 'needs no package of ours',
     '. .venv/bin/activate': 'needs no package of ours',
@@ -62,6 +67,8 @@ ELSEWHERE = {
     "pip install -e '.[dev]'": 'test_package installs the project; the extra is looked up here',
     "pip install -e '.[book]'": 'test_package installs the project; the extra is looked up here',
     'python tests/check.py': 'runs this test',
+    'mae-eval path/to/imagenet-c mae_finetuned_vit_base.pth --variant imagenet-c': 'test_evaluate',
+    'mae-eval path/to/imagenet-r mae_finetuned_vit_base.pth --variant imagenet-r': 'test_evaluate',
     'jupyter lab --ServerApp.root_dir=. nbs/course/00_introduction.ipynb': 'test_browser opens the book',
 }
 

@@ -101,6 +101,9 @@ def make_home(home: Path, watcher):
     run('mae-pretrain', 'fashion', '--bs', '50', '--max-steps', '2', '--set', 'warmup_epochs=0', '--out', 'of_fashion')
     run('mae-pretrain', 'data/packed', *PACKED.split(), '--out', 'runs/base')
     run('mae-finetune', 'data/packed', 'runs/base', *few, '--out', 'runs/base-ft')
+    run('mae-finetune', 'path/to/labelled', '--from-scratch', *NANO.split(), *few, '--out', 'runs/finetune-1')
+    for name in ('photos.parquet', 'photos.npy'):
+        run('mae-embed', 'path/to/photos', 'of_photos', '--out', name, '--num-workers', '0')
     for name in ('large', 'huge'):
         shutil.copytree(home/'runs'/'base', home/'runs'/name)
     assert NANO.split()[1] in (home/'runs'/'base'/'config.json').read_text()
@@ -117,4 +120,5 @@ def copy_home(home: Path, folder: Path, words: list) -> Path:
     for place in written:
         if (folder/place).is_dir():
             shutil.rmtree(folder/place)
+        (folder/place).unlink(missing_ok=True)
     return folder

@@ -21,7 +21,8 @@ OURS = [shown for shown in LINES if shown.line not in ELSEWHERE]
 ALONE = [shown for shown in OURS if not shown.line.startswith('torchrun')]
 # slow: what takes long, and what the lines of other pages do with the same words
 LONG = ('mae-demo', 'mae-study', 'mae-plan pretrain --model', 'mae-plan pretrain_1600 --model mae_vit_large_patch16',
-        'mae-probe partial fashion', 'mae-finetune fashion runs', 'mae-finetune fashion --from-scratch')
+        'mae-convert runs/pretrain-1 features', 'mae-probe partial fashion', 'mae-finetune fashion runs',
+        'mae-finetune fashion --from-scratch')
 # with a new process each, as a newcomer starts them, and whether in a terminal
 REAL = [('mae-check path/to/photos', True), ('mae-convert runs/pretrain-1 vit-mae --format hf', False)]
 

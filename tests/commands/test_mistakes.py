@@ -55,7 +55,7 @@ MISTAKES = [
     ('mae-pretrain photos --epochs ten', "--epochs takes a whole number, got 'ten'"),
     ('mae-pretrain photos --img-size big', "--img-size takes a number of pixels, or rows,columns, got 'big'"),
     ('mae-pretrain photos more', "there is no place for the word 'more': paths with spaces need quotes"),
-    ('mae-convert runs/pretrain-1', 'to is missing: the file to write, or for hf the folder; must not be there yet'),
+    ('mae-convert runs/pretrain-1', 'to is missing: the file to write, or for hf, onnx and torch-export the'),
     ('mae-pretrain photos --model vit_base', "unknown model 'vit_base': did you mean 'mae_vit_base_patch16'?"),
     ('mae-pretrain photos --img-size 225 --bs 8', '225x225 pixels is not divisible by patch size 16: use a multiple'),
     ('mae-finetune photos runs/pretrain-1 --img-size 30', '30x30 pixels is not divisible by patch size 4'),
