@@ -1,4 +1,5 @@
 """What tests share: commands run as a terminal runs them, and forks of this process."""
+import gc
 import os
 import re
 import sys
@@ -38,6 +39,7 @@ def fork(func, out, err=None):
     if pid := os.fork():
         return pid
     code = 1
+    gc.freeze()   # what the parent has left, such as a session with threads, is not for a fork to free
     try:
         redirect(out, 1)
         redirect(err or out, 2)

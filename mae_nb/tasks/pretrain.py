@@ -178,7 +178,7 @@ def pretrain_run(
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(RunOptions):
     "What a pretraining is made from."
-    init:str=None  # weights to start from: a run folder, a file of any layout or a published name; by default none
+    init:str=None  # weights to start from: a run folder, a file of any layout or a published name
 
     def as_config(self) -> dict:
         "As `RunOptions`; a start from nothing is not named, as always."

@@ -1,4 +1,5 @@
 """Several processes that train together, forked from this one, which has imported everything."""
+import gc
 import os
 import signal
 import socket
@@ -48,6 +49,7 @@ def _fork(func, file, env):
     "Run `func` as one of several processes; its result and output go to files."
     if pid := os.fork():
         return pid
+    gc.freeze()   # what the parent has left, such as a session with threads, is not for a fork to free
     torch.set_num_threads(1)   # makes the thread pool anew, which later two threads might do at once
     code = 1
     try:
