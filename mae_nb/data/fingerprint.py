@@ -9,11 +9,12 @@ __all__ = ['CHECKS', 'Listing', 'read_listing', 'list_data', 'compare_listings']
 import hashlib
 import os
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def read_listing(
             return Listing(**columns, **texts, images=int(arrays['images']))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, TokenError, zlib.error, BadZipFile) as e:
         raise BadFile(f'{file} is damaged: {e}: remove it to resume without comparing the data') from e
 
 def list_data(
