@@ -260,8 +260,8 @@ def _parquet_part(part:str, files:list, classes:list) -> Part:
             groups += [(file, g, f.metadata.row_group(g).num_rows) for g in range(f.num_row_groups)]
             ends.append(f.metadata.num_rows + (ends[-1] if ends else 0))
             table = f.read(columns=[c for c in ('image.path', 'label') if c in columns], use_threads=False)
-        has_paths = 'image.path' in columns
-        paths = table['image'].combine_chunks().field('path').to_pylist() if has_paths else [''] * len(table)
+            has_paths = 'image.path' in columns
+            paths = table['image'].combine_chunks().field('path').to_pylist() if has_paths else [''] * len(table)
         names += [path or '' for path in paths]
         labels.append(_label_column(file, table['label']) if 'label' in columns else None)
         classes = _agreed(file, classes, _class_names(f.schema_arrow.metadata))
@@ -328,7 +328,7 @@ def _parquet(file:Path) -> Iterator:
     from pyarrow.parquet import ParquetFile
     try:
         yield ParquetFile(file)
-    except (OSError, ArrowException) as e:   # as pyarrow reports a damaged one
+    except (OSError, ArrowException, UnicodeError) as e:   # as pyarrow reports a damaged one
         raise UsageError(f'{file} cannot be read as parquet: fetch it again ({e})') from e
 
 def _class_names(metadata:dict|None) -> list|None:
