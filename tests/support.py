@@ -32,8 +32,8 @@ def redirect(file, descriptor):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
 
 
-def fork(func, out, err=None):
-    "Run a function in a fork of this process; its output goes to files. Returns the number of the fork."
+def in_fork(child):
+    "Call `child`, which returns an exit code, in a fork of this process that ends with it. Returns the fork's number."
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -41,11 +41,7 @@ def fork(func, out, err=None):
     code = 1
     gc.freeze()   # what the parent has left, such as a session with threads, is not for a fork to free
     try:
-        redirect(out, 1)
-        redirect(err or out, 2)
-        sys.stdout, sys.stderr = (os.fdopen(fd, 'w', closefd=False) for fd in (1, 2))
-        func()
-        code = 0
+        code = child()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
@@ -54,6 +50,17 @@ def fork(func, out, err=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def fork(func, out, err=None):
+    "Run a function in a fork of this process; its output goes to files. Returns the number of the fork."
+    def child():
+        redirect(out, 1)
+        redirect(err or out, 2)
+        sys.stdout, sys.stderr = (os.fdopen(fd, 'w', closefd=False) for fd in (1, 2))
+        func()
+        return 0
+    return in_fork(child)
 
 
 def exit_code(pid):

@@ -9,7 +9,11 @@ import json
 import os
 import sys
 import termios
-import traceback
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import exit_code, in_fork
 
 
 def load():
@@ -27,19 +31,9 @@ def load():
 
 def answer(request: dict) -> int:
     "Run a command in a fork; its exit code, negative for a signal."
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 1
-    try:
-        code = run(request)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    pid = in_fork(partial(run, request))
+    print(pid, flush=True)
+    return exit_code(pid)
 
 
 def run(request: dict) -> int:
@@ -60,10 +54,7 @@ def run(request: dict) -> int:
     if name == 'python':   # code, to prepare something
         exec(words[0], dict(__name__='prepare'))
         return 0
-    try:
-        command_line.main(getattr(commands, name.replace('-', '_')).__wrapped__)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    command_line.main(getattr(commands, name.replace('-', '_')).__wrapped__)
     return 0
 
 

@@ -1,15 +1,14 @@
 """Several processes that train together, forked from this one, which has imported everything."""
-import gc
 import os
 import signal
 import socket
 import sys
 import time
-import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support import in_fork
 
 from mae_nb.base.processes import process_group
 from mae_nb.training.runs import read_metrics
@@ -47,12 +46,8 @@ def _wait(pids, seconds):
 
 def _fork(func, file, env):
     "Run `func` as one of several processes; its result and output go to files."
-    if pid := os.fork():
-        return pid
-    gc.freeze()   # what the parent has left, such as a session with threads, is not for a fork to free
-    torch.set_num_threads(1)   # makes the thread pool anew, which later two threads might do at once
-    code = 1
-    try:
+    def child():
+        torch.set_num_threads(1)   # makes the thread pool anew, which later two threads might do at once
         fd = os.open(f'{file}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
@@ -60,13 +55,8 @@ def _fork(func, file, env):
         os.environ.update({k: str(v) for k, v in env.items()})
         with process_group():
             torch.save(func(), f'{file}.pt')
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return 0
+    return in_fork(child)
 
 def results(runs):
     "The results of processes that have all ended well."
