@@ -134,4 +134,6 @@ def test_kept_memory_spares_page_faults():
         pytest.skip('only glibc has the setting')
     run = subprocess.run([sys.executable, '-c', COUNT_FAULTS], check=True, capture_output=True, text=True)
     plain, kept = map(int, run.stdout.split())
+    if plain == kept == 0:
+        pytest.skip('this kernel counts no page faults')
     assert kept < .2 * plain
