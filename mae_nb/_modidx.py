@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mae_nb.base.processes.processes': ('base/processes.html#processes', 'mae_nb/base/processes.py'),
                                        'mae_nb.base.processes.rank': ('base/processes.html#rank', 'mae_nb/base/processes.py'),
                                        'mae_nb.base.processes.requeue': ('base/processes.html#requeue', 'mae_nb/base/processes.py'),
+                                       'mae_nb.base.processes.run_first': ('base/processes.html#run_first', 'mae_nb/base/processes.py'),
                                        'mae_nb.base.processes.sum_over_processes': ( 'base/processes.html#sum_over_processes',
                                                                                      'mae_nb/base/processes.py')},
             'mae_nb.base.settings': { 'mae_nb.base.settings.read_settings_env': ( 'base/settings.html#read_settings_env',

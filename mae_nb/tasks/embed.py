@@ -23,7 +23,7 @@ from ..base.devices import get_device
 from ..base.errors import MissingFile, UsageError, require
 from ..base.files import lock_folder, read_json, remove_leftovers, unlock_folder, write_atomically, write_whole
 from ..base.names import check_ranges, pick
-from ..base.processes import broadcast_value, gather_values, print_once, processes, rank
+from ..base.processes import broadcast_value, gather_values, print_once, processes, rank, run_first
 from ..data.datasets import ImageSet
 from ..data.fingerprint import compare_listings, list_data, read_listing
 from ..model.encoder import Encoder, block_tokens, pool_tokens
@@ -293,13 +293,11 @@ def _begin(parts:Parts, job:dict, images:ImageSet):
             parts.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(parts.folder)
             parts.begin(job, images)
-        except (ValueError, RuntimeError, OSError) as e:
+        except BaseException:
             unlock_folder(parts.folder)
-            return e
+            raise
 
-    error = broadcast_value(begin() if rank() == 0 else None)
-    if error is not None:
-        raise error
+    run_first(begin)
 
 def _fill(parts:Parts, encoder:Encoder, images:ImageSet, options:EmbedOptions):
     "Fill the missing parts, with progress, and report what is kept if it is ended."

@@ -22,7 +22,7 @@ from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.files import save_figure, write_atomically
 from ..base.names import check_ranges, pick
-from ..base.processes import broadcast_value, gather_values, print_once, processes, rank
+from ..base.processes import gather_values, print_once, processes, rank, run_first
 from ..data.crops import Transform, eval_crop
 from ..data.datasets import ImageSet
 from .batches import (
@@ -127,17 +127,12 @@ def start_folder(
 ) -> Path:         # with `figures` in it
     "Make a result's folder; all processes raise the error if it is in use."
     def make():
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            if any(Path(out).iterdir()):
-                return UsageError(f'{out} exists already and is not empty: choose another `out`')
-            (Path(out)/'figures').mkdir()
-        except OSError as e:
-            return e
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if any(Path(out).iterdir()):
+            raise UsageError(f'{out} exists already and is not empty: choose another `out`')
+        (Path(out)/'figures').mkdir()
 
-    error = broadcast_value(make() if rank() == 0 else None)
-    if error is not None:
-        raise error
+    run_first(make)
     return Path(out)
 
 def write_predictions(
