@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import pipeline
 
-from mae_nb.base.devices import get_device, machine
+from mae_nb.base.devices import get_device, machine, timed
 from mae_nb.data.images import IMAGENET_MEAN, IMAGENET_STD
 from mae_nb.model.classifier import create_classifier
 from mae_nb.model.mae import SIZES
@@ -61,15 +61,11 @@ def ours(encoder, images, options, folder) -> np.ndarray:
     return np.load(folder/'ours.npy')
 
 
-def timed(run, device) -> tuple[float, float, object]:
+def run_timed(run, device) -> tuple[float, float, object]:
     "Seconds by the clock and of this process, and the result."
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    start, own = time.perf_counter(), time.process_time()
-    result = run()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - own, result
+    results, start = [], time.process_time()
+    seconds = timed(lambda: results.append(run()), device)
+    return seconds, time.process_time() - start, results[0]
 
 
 def measure(args, folder: Path) -> dict:
@@ -95,7 +91,7 @@ def measure(args, folder: Path) -> dict:
     clock, own, features = {name: [] for name in runs}, {name: [] for name in runs}, {}
     for turn in range(args.turns + 1):   # the first one warms up
         for name, run in runs.items():
-            spent, processor, features[name] = timed(run, device)
+            spent, processor, features[name] = run_timed(run, device)
             if turn:
                 clock[name].append(spent)
                 own[name].append(processor)

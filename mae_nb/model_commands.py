@@ -18,7 +18,7 @@ def mae_eval(
     variant:str=None,      # imagenet-a, imagenet-r, imagenet-sketch, imagenet-v2 or imagenet-c, which have own scores
     part:str=None,         # train or val; by default the validation images, or all where there are no parts
     crop:str=None,         # official, whole, or a share of the shorter side such as 0.9; by default official
-    model:str=None,        # the model's name, for weights that do not say it
+    model:str=None,        # the model's name, for weights that do not state it
     img_size:Size=None,    # side of the images in pixels, or rows,columns; by default the weights' own
     bs:int=64,             # images in a batch of one process
     dtype:str='float32',   # float32, bfloat16 or float16
@@ -48,7 +48,7 @@ def mae_embed(
     half:bool=False,       # write 16 bits a number instead of 32
     part:str=None,         # train or val; by default the validation images, or all where there are no parts
     crop:str='official',   # official, whole, or a share of the shorter side such as 0.9
-    model:str=None,        # the model's name, for weights that do not say it
+    model:str=None,        # the model's name, for weights that do not state it
     img_size:Size=None,    # side of the images in pixels, or rows,columns; by default the weights' own
     bs:int=64,             # images in a batch
     dtype:str='float32',   # in which the encoder computes: float32, bfloat16 or float16

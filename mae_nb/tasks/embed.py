@@ -23,7 +23,7 @@ from ..base.devices import get_device
 from ..base.errors import MissingFile, UsageError, require
 from ..base.files import lock_folder, read_json, remove_leftovers, unlock_folder, write_atomically, write_whole
 from ..base.names import check_ranges, pick
-from ..base.processes import broadcast_value, gather_values, print_once, processes, rank
+from ..base.processes import broadcast_value, gather_values, print_once, processes, rank, run_first
 from ..data.datasets import ImageSet
 from ..data.fingerprint import compare_listings, list_data, read_listing
 from ..model.encoder import Encoder, block_tokens, pool_tokens
@@ -48,11 +48,13 @@ def token_features(
 
 def feature_shape(
     encoder:Encoder,
-    tokens:str,        # one of `TOKENS`
+    tokens:str='cls',  # one of `TOKENS`
+    block:int=-1,      # as for `token_features`; an error if the encoder does not have it
 ) -> tuple:            # (d,), or (n, d) for patches
     "The shape of one picture's features."
-    rows, columns = encoder.grid
-    return (rows * columns, encoder.dim) if tokens == 'patches' else (encoder.dim,)
+    black = torch.zeros(1, encoder.in_chans, *encoder.img_size, device=next(encoder.parameters()).device)
+    with torch.inference_mode():
+        return tuple(token_features(encoder, black, tokens, block).shape[1:])
 
 # %% ../../nbs/tasks/22_embed.ipynb #53e4b7c0
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class EmbedOptions:
     dtype:str='float32'     # in which the encoder computes: float32, bfloat16 or float16
     part:str=None           # train or val; by default the validation images, or all where there are no parts
     crop:str='official'     # official, whole, or a share such as 0.9
-    model:str=None          # a model's name, for weights that do not say it
+    model:str=None          # a model's name, for weights that do not state it
     img_size:int|tuple=None # side of the images in pixels, or (rows, columns); the weights' own if None
     bs:int=64               # images in a batch
     num_workers:int=None    # processes that read images
@@ -80,13 +82,10 @@ class EmbedOptions:
         check_ranges(bs=self.bs, num_workers=self.num_workers, img_size=self.img_size, block=self.block)
         pick(self.dtype, DTYPES, 'dtype')
         pick(self.tokens, TOKENS, 'tokens')
+        crop_by_name(self.crop)
         if Path(self.out).suffix not in ('.npy', '.parquet'):
             raise UsageError(f'out={str(self.out)!r} must end with .npy or .parquet')
 
-    @property
-    def bytes_each(self) -> int:
-        "Of a number in the file."
-        return 2 if self.half else 4
 
 # %% ../../nbs/tasks/22_embed.ipynb #94be958d
 PART_BYTES = 2**26   # of a part's features, about
@@ -108,6 +107,7 @@ class Parts:
 
     def file(self, number:int) -> Path: return self.folder/f'{number:06}.npy'
     def missing(self) -> list[int]: return [k for k in range(len(self.batches)) if not self.file(k).is_file()]
+    def rows(self, number:int) -> slice: return slice(self.batches[number][0].start, self.batches[number][-1].stop)
 
     def write(self, number:int, features:np.ndarray):
         "Write a part, whole or not at all."
@@ -185,17 +185,14 @@ def join_parts(
         csv.writer(f).writerows([['name', 'label', 'class'], *rows])
     with write_atomically(out) as place:
         table = np.lib.format.open_memmap(place, 'w+', parts.dtype, (parts.n, *parts.shape))
-        start = 0
         for number in range(len(parts.batches)):
-            features = parts.read(number)
-            table[start:start + len(features)] = features
-            start += len(features)
+            table[parts.rows(number)] = parts.read(number)
         table.flush()
 
 def _describe(images:ImageSet, i:int) -> list:
-    "Name, label and class of a picture; '' where there is no label."
+    "Name, label and class of a picture; None where there is no label."
     if images.labels is None:
-        return [picture_name(images, i), '', '']
+        return [picture_name(images, i), None, None]
     label = int(images.labels[i])
     return [picture_name(images, i), label, str(images.classes[label])]
 
@@ -206,15 +203,12 @@ def _join_parquet(parts:Parts, rows:list, out:str|Path, about:dict):
     schema = pa.schema([('name', pa.string()), ('label', pa.int32()), ('class', pa.string()), ('features', kind)],
                        metadata=dict(mae_nb=json.dumps(about | dict(shape=parts.shape))))
     with write_atomically(out) as place, ParquetWriter(place, schema) as writer:
-        start = 0
         for number in range(len(parts.batches)):
-            features = parts.read(number)
-            names, labels, classes = zip(*rows[start:start + len(features)])
-            columns = [pa.array(names, pa.string()), pa.array([None if v == '' else v for v in labels], pa.int32()),
-                       pa.array([None if v == '' else v for v in classes], pa.string()),
-                       pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), kind.list_size)]
+            names, labels, classes = zip(*rows[parts.rows(number)])
+            features = pa.array(parts.read(number).reshape(-1))
+            columns = [pa.array(names, pa.string()), pa.array(labels, pa.int32()), pa.array(classes, pa.string()),
+                       pa.FixedSizeListArray.from_arrays(features, kind.list_size)]
             writer.write_table(pa.table(columns, schema=schema))
-            start += len(features)
 
 @dataclass
 class Embeddings:
@@ -266,8 +260,7 @@ def embed(
     images = as_expected(open_images(options.data, options.part), weights, encoder.in_chans)
     for note in images.notes:
         print_once(f'note: {note}')
-    token_features(encoder, torch.zeros(1, encoder.in_chans, *encoder.img_size), options.tokens, options.block)
-    parts = Parts(out, len(images), options.bs, feature_shape(encoder, options.tokens),
+    parts = Parts(out, len(images), options.bs, feature_shape(encoder, options.tokens, options.block),
                   'float16' if options.half else 'float32')
     if out.exists() and not parts.folder.is_dir():
         raise UsageError(f'{out} exists already: choose another `out`')
@@ -300,16 +293,14 @@ def _begin(parts:Parts, job:dict, images:ImageSet):
             parts.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(parts.folder)
             parts.begin(job, images)
-        except (ValueError, RuntimeError, OSError) as e:
+        except BaseException:
             unlock_folder(parts.folder)
-            return e
+            raise
 
-    error = broadcast_value(begin() if rank() == 0 else None)
-    if error is not None:
-        raise error
+    run_first(begin)
 
 def _fill(parts:Parts, encoder:Encoder, images:ImageSet, options:EmbedOptions):
-    "Fill the missing parts, with progress, and say what is kept if it is ended."
+    "Fill the missing parts, with progress, and report what is kept if it is ended."
     missing = parts.missing()
     if len(missing) < len(parts.batches):
         print_once(f'{len(parts.batches) - len(missing)} of {len(parts.batches)} parts exist already')

@@ -32,7 +32,7 @@ def nearest(
     engine:str|None=None, # faiss or torch; faiss where it is installed if None
     device='cpu',         # where PyTorch searches
 ) -> tuple[np.ndarray, np.ndarray]:   # numbers (m, k) and cosines (m, k), the nearest first
-    "The vectors that point most nearly the way of each query."
+    "The vectors with the largest cosine to each query."
     if features.ndim != 2:
         raise UsageError(f'the features have the shape {features.shape} and a search needs one vector for each '
                          'picture: embed with tokens=cls or tokens=avg')
@@ -104,7 +104,7 @@ def draw_neighbours(
             ax.imshow(shown_image(crop(images.read(int(i)), None, (side, side))), cmap='gray', vmin=0, vmax=255)
             ax.set_xticks([])
             ax.set_yticks([])
-            title = 'query' if column == 0 else f'{cosines[row, column - 1]:.2f}'
+            title = 'query' if column == 0 else f'{cosines[row, column - 1]:.3f}'
             ax.set_title(title, fontsize=7, pad=2)
             ax.set_xlabel(str(embeddings.classes[i] or embeddings.names[i])[-16:], fontsize=6)
             same = embeddings.labels[i] is not None and embeddings.labels[i] == embeddings.labels[query]

@@ -111,7 +111,7 @@ def check_variant(
     images:ImageSet,   # whose classes are wnids
     variant:Variant,   # which one it should be
 ):
-    "Raise where classes are not the variant's; a note where it lacks some."
+    "Raise where classes are not the variant's."
     if images.labels is None:
         raise UsageError(f'{images.name} is not {variant.title}: it has no folder for each class')
     strangers = [str(c) for c in images.classes if c not in variant.classes]
@@ -179,11 +179,11 @@ def open_corruptions(
     "The 75 sets of ImageNet-C."
     sets = {key: folder_set(place) for key, place in corruption_folders(folder).items()}
     first = next(iter(sets.values()))
+    check_variant(first, VARIANTS['imagenet-c'])
     for images in sets.values():
         if list(images.classes) != list(first.classes):
             raise UsageError(f'{images.name} has other classes than {first.name}: {len(images.classes)} and '
                              f'{len(first.classes)}')
-        check_variant(images, VARIANTS['imagenet-c'])
     return sets
 
 # %% ../../nbs/tasks/19_variants.ipynb #a30f1853

@@ -51,16 +51,15 @@ def fit_positions(
 ) -> tuple[torch.Tensor, str]:      # the table for the grid, and what was done, '' if nothing
     "Positions for another grid of patches, by bicubic interpolation."
     n = table.shape[1] - cls
-    assumed = old_grid is None and _sine_grid(table, cls) is None
+    known = old_grid or _sine_grid(table, cls)
+    old_grid = known or _square(n)
     if old_grid is None:
-        old_grid = table_grid(table, cls)
-        if old_grid is None:
-            raise UsageError(f'has {n} positions, which is not a square grid: pass old_grid=(rows, columns)')
+        raise UsageError(f'has {n} positions, which is not a square grid: pass old_grid=(rows, columns)')
     if old_grid[0] * old_grid[1] != n:
         raise UsageError(f'has {n} positions, which is not the grid {old_grid[0]}x{old_grid[1]}')
     if tuple(old_grid) == tuple(grid):
         return table, ''
-    if assumed and grid[0] * grid[1] == n:
+    if known is None and grid[0] * grid[1] == n:
         warnings.warn(f'a learned table of {n} positions may be of {old_grid[0]}x{old_grid[1]} or of '
                       f'{grid[0]}x{grid[1]} patches: the square is assumed; if it is the other, pass '
                       f'old_grid={tuple(grid)}', stacklevel=2)

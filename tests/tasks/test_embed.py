@@ -39,32 +39,39 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(module, 'PART_BYTES', 2 * 2 * 49 * 32 * 4)
 
 
+def write_slowly():
+    "So that a job is not over before it can be killed."
+    from mae_nb.tasks import embed as module
+    write = module.Parts.write
+
+    def slow(self, number, features):
+        write(self, number, features)
+        time.sleep(.05)
+
+    module.Parts.write = slow
+
+
+def kill_with_parts(count, folder, *words):
+    "Start a command, and kill it (SIGKILL) as soon as some parts are written; their number."
+    pid, result = begin_command(folder, *words, before=write_slowly)
+    end = time.monotonic() + 60
+    while len(list(folder.glob('*.parts/*.npy'))) < count and time.monotonic() < end:
+        time.sleep(.01)
+    os.kill(pid, signal.SIGKILL)
+    assert result().code == -signal.SIGKILL
+    return len(list(folder.glob('*.parts/*.npy')))
+
+
 @pytest.mark.parametrize('ending', ['npy', 'parquet'])
 def test_a_killed_job_continues_to_the_same_file(photos, weights, small_parts, forked, tmp_path, ending):
-    "Killed for good (SIGKILL) as soon as some parts are written, twice; then it runs to its end."
+    "Killed twice; then it runs to its end."
     whole, killed = tmp_path/f'whole.{ending}', tmp_path/f'killed.{ending}'
     assert forked('mae-embed', photos, weights, '--out', whole, *WORDS).code == 0
-
-    def slow():
-        from mae_nb.tasks import embed as module
-        write = module.Parts.write
-
-        def write_slowly(self, number, features):
-            write(self, number, features)
-            time.sleep(.05)
-
-        module.Parts.write = write_slowly
-
     folder, kept = tmp_path/f'killed.{ending}.parts', 0
     for _ in range(2):
-        pid, result = begin_command(tmp_path, 'mae-embed', photos, weights, '--out', killed, *WORDS, before=slow)
-        end = time.monotonic() + 60
-        while len(list(folder.glob('*.npy'))) < kept + 3 and time.monotonic() < end:
-            time.sleep(.01)
-        os.kill(pid, signal.SIGKILL)
-        assert result().code == -signal.SIGKILL and not killed.exists()
-        before, kept = kept, len(list(folder.glob('*.npy')))
-        assert before < kept < 30
+        before = kept
+        kept = kill_with_parts(before + 3, tmp_path, 'mae-embed', photos, weights, '--out', killed, *WORDS)
+        assert before < kept < 30 and not killed.exists()
     (folder/'000029.npy.part').write_bytes(b'half')   # what a kill in the middle of a write leaves
     done = forked('mae-embed', photos, weights, '--out', killed, *WORDS)
     assert done.code == 0 and f'{kept} of 30 parts exist already' in done.out
@@ -117,13 +124,7 @@ def test_a_classifier_with_mean_pooling_has_no_norm_behind_its_blocks(photos, tm
 
 
 def test_another_job_in_the_same_place_is_refused(photos, weights, small_parts, forked, tmp_path):
-    pid, result = begin_command(tmp_path, 'mae-embed', photos, weights, '--out', 'x.npy', *WORDS)
-    while len(list(tmp_path.glob('x.npy.parts/*.npy'))) < 2:
-        time.sleep(.005)
-    os.kill(pid, signal.SIGKILL)
-    assert result().code == -signal.SIGKILL
-    if (tmp_path/'x.npy').exists():
-        pytest.fail('the job was over before it could be killed')
+    kill_with_parts(2, tmp_path, 'mae-embed', photos, weights, '--out', 'x.npy', *WORDS)
     got = forked('mae-embed', photos, weights, '--out', 'x.npy', *WORDS, '--half')
     assert got.code == 2 and 'x.npy.parts was started with half = False, and now half = True' in got.line
     Image.new('RGB', (40, 48)).save(photos/'odd'/'new.png')
@@ -138,6 +139,7 @@ def test_what_cannot_be_embedded_gets_one_line(forked, photos, weights, tmp_path
         ((photos, weights, '--out', 'x.txt'), '--out x.txt must end with .npy or .parquet'),
         ((photos, weights, '--out', 'x.npy', '--tokens', 'mean'), "unknown tokens 'mean'"),
         ((photos, weights, '--out', 'x.npy', '--block', '7'), 'block'),
+        ((photos, weights, '--out', 'x.npy', '--crop', 'middle'), '--crop middle is no evaluation crop'),
         ((photos, weights, '--out', 'x.npy', '--bs', '0'), '--bs must be a whole number'),
         (('fashion', weights, '--out', 'x.npy'), 'takes 3 channels and fashion has 1'),
         (('nowhere/at/all', weights, '--out', 'x.npy'), 'no such folder: nowhere/at/all'),
@@ -146,6 +148,7 @@ def test_what_cannot_be_embedded_gets_one_line(forked, photos, weights, tmp_path
     for words, message in cases:
         got = forked('mae-embed', *words, '--device', 'cpu')
         assert got.code == 2 and message in got.line, (words, got)
+    assert not list(tmp_path.glob('*.parts'))
     (tmp_path/'there.npy').touch()
     got = forked('mae-embed', photos, weights, '--out', 'there.npy', '--device', 'cpu')
     assert got.code == 2 and 'there.npy exists already: choose another --out' in got.line
