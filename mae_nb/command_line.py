@@ -89,7 +89,7 @@ class Output:
         try:
             call(*args)
         except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EIO):   # of a pipe, a socket and a terminal
+            if e.errno not in ((errno.EIO,) if self.is_terminal else (errno.EPIPE, errno.ECONNRESET)):
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
