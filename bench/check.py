@@ -107,6 +107,8 @@ def main():
     a = parser.parse_args()
     if a.serve:
         return serve(str(a.folder), a.workers)
+    if a.before is None:
+        parser.error('--before is missing: the checkout to compare with')
     from mae_nb.base.devices import machine
     with tempfile.TemporaryDirectory(dir=a.folder.parent) as place:
         folder = link_copies(a.folder, a.copies, Path(place)) if a.copies else a.folder

@@ -75,10 +75,13 @@ def _changed(images:ImageSet, in_chans:int|None, mean, std) -> ImageSet:
     if images.in_chans not in (1, 3) and in_chans != images.in_chans:
         raise UsageError(f'{images.name} has {images.in_chans} channels, and only 1 or 3 can be made {in_chans}')
     for name, given in (('mean', mean), ('std', std)):
-        values = getattr(images, name) if given is None else given if isinstance(given, tuple) else (given,)
-        if given is not None and len(values) not in (1, in_chans):
-            raise UsageError(f'`{name}` has {len(values)} numbers and the images have {in_chans} channels: '
-                             'give one for each channel, or one for all')
+        if given is None:
+            values = getattr(images, name)
+        else:
+            values = given if isinstance(given, tuple) else (given,)
+            if len(values) not in (1, in_chans):
+                raise UsageError(f'`{name}` has {len(values)} numbers and the images have {in_chans} channels: '
+                                 'give one for each channel, or one for all')
         statistics[name] = _fitting(values, in_chans)
     items = _other_channels(images.items, in_chans) if images.in_memory else images.items
     return replace(images, items=items, **statistics)

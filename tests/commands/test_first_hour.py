@@ -12,7 +12,7 @@ import pytest
 import tomllib
 from command_lines import ELSEWHERE, SMALL, shown_lines, small_row, small_words
 from homes import copy_home, make_home
-from support import ROOT
+from support import BIN, ROOT
 from watching import Watcher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='runs commands in forks, which Windows lacks')
@@ -46,7 +46,7 @@ def faults_of(shown, home, folder, watcher, terminal, **options):
     folder = copy_home(home, folder, words)
     options |= dict(own_process=True) if launcher else {}
     if launcher:
-        words = [*launcher, watcher.which(words[0]), *words[1:]]
+        words = [*launcher, BIN/words[0], *words[1:]]
     return watcher.run(words, folder, terminal, **options).faults()
 
 

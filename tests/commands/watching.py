@@ -18,7 +18,6 @@ COLUMNS, LIMIT = 80, 5.   # of the terminal; seconds without a word
 FOREIGN = re.compile(r'\bwarn(ing)?s?\b|warning:|deprecat|^Traceback|\[[WE]\d{3}', re.I)   # our own lines say "note"
 
 
-
 @dataclass
 class Watched:
     "A command's output, its exit code, and its longest silence."
@@ -107,10 +106,6 @@ class Watcher:
         if self.server:
             self.server.stdin.close()
             self.server.wait()
-
-    def which(self, name: str) -> str:
-        "Where a command is."
-        return str(BIN/name)
 
     def run(self, words: list, folder: Path, terminal: bool, own_process: bool = False, seconds: float = 60) -> Watched:
         "Run a command and watch it; a command that takes longer than `seconds` is ended and reported as such."
