@@ -95,6 +95,16 @@ def test_the_map_has_every_chapter_once():
     assert list(map_rows(the_map())) == rows, 'a row without a column for minutes'
 
 
+COURSE = list(map_rows(course(the_map())))
+
+
+@pytest.mark.parametrize('file, following', list(zip(COURSE, COURSE[1:])), ids=COURSE[:-1])
+def test_a_chapter_leads_to_the_next_one_of_the_course(file, following):
+    last, = [source(c) for c in cells(NBS/file) if '## What comes next' in source(c)]
+    links = re.findall(r'\]\(([^)]+\.ipynb)\)', last.split('## What comes next')[1])
+    assert (NBS/following).resolve() in [((NBS/file).parent/link).resolve() for link in links]
+
+
 def test_minutes_are_those_of_the_chapters():
     "Within five minutes, so that a small edit leaves the map alone; `python tests/reading.py` computes them anew."
     text = the_map()
