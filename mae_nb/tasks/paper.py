@@ -218,7 +218,8 @@ def _draw_points(ax, names:list, numbers:dict, measure:int, label:str, spread:di
                 label=label)
     for place, number in zip(x, numbers.values()):
         offset = (0, -11 if measure else 5)
-        ax.annotate(f'{number:.1f}', (place, number), offset, textcoords='offset points', ha='center', fontsize=7)
+        ax.annotate(f'{number:.1f}', (place, number), offset, textcoords='offset points', ha='center', fontsize=8,
+                    bbox=dict(fc='w', ec='none', pad=.3, alpha=.7))
 
 def _label_points(ax, table:PaperTable, names:list):
     "The points' names below the axis, the table's labels where it has them, and the legend."

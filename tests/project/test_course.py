@@ -2,10 +2,13 @@
 import json
 import re
 
+import matplotlib.pyplot as plt
 import pytest
 from questions import PAGE, page_notebook, section_of
 from reading import INDEX, NBS, TOTAL, counts, course, is_read, map_rows, minutes, updated
 from support import ROOT
+
+from mae_nb.tasks.paper import PAPER, Measured, draw_table
 
 QUESTIONS = json.loads((ROOT/'tests'/'project'/'course_questions.json').read_text())
 LESSONS = '00_introduction', '01_before', '01_results', '02_after'
@@ -72,7 +75,15 @@ def test_a_picture_has_a_text_for_those_who_do_not_see_it(file):
         text = re.match(r'#\| fig-alt: >\n((?:#\|   .+\n)+)', source(cell))   # folded: a colon in it is no mapping
         assert text, cell['id']
         assert len(text[1].split()) >= 8, cell['id']
-        assert not re.search(r'fontsize=[1-7]\b', source(cell)), f'{cell["id"]}: text below 8 points'
+        assert not re.search(r'(?:font|label)size=[1-7]\b', source(cell)), f'{cell["id"]}: text below 8 points'
+
+
+def test_the_paper_s_tables_are_drawn_in_readable_type():
+    study = {'finetune': {'0.5': Measured(3, 80., 1.), '0.75': Measured(3, 82., 1.)}}
+    fig = draw_table(PAPER['Figure 5'], study)
+    texts = [text for text in fig.findobj(plt.Text) if text.get_text()]
+    assert len(texts) > 40
+    assert {text.get_text(): text.get_fontsize() for text in texts if text.get_fontsize() < 8} == {}
 
 
 @pytest.mark.parametrize('file', THREE_KINDS, ids=lambda file: file.stem)
@@ -93,6 +104,16 @@ def test_the_map_has_every_chapter_once():
     assert len(rows) == len(set(rows))
     assert numbered <= set(rows)
     assert list(map_rows(the_map())) == rows, 'a row without a column for minutes'
+
+
+COURSE = list(map_rows(course(the_map())))
+
+
+@pytest.mark.parametrize('file, following', list(zip(COURSE, COURSE[1:])), ids=COURSE[:-1])
+def test_a_chapter_leads_to_the_next_one_of_the_course(file, following):
+    last, = [source(c) for c in cells(NBS/file) if '## What comes next' in source(c)]
+    links = re.findall(r'\]\(([^)]+\.ipynb)\)', last.split('## What comes next')[1])
+    assert (NBS/following).resolve() in [((NBS/file).parent/link).resolve() for link in links]
 
 
 def test_minutes_are_those_of_the_chapters():
