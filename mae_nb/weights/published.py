@@ -92,7 +92,10 @@ CHECKPOINTS = (
     | {_GAN: _official('visualize', _GAN, 'official', 'mae', 'mae_vit_large_patch16', 'pixels', 'demo notebook')})
 
 # %% ../../nbs/weights/02_published.ipynb #32421946
-SHIPPED = {'mae_nano_cifar10': 'mae_nano_cifar10.safetensors'}   # name -> file, its card beside it
+SHIPPED = {   # name -> file, its card beside it
+    'mae_nano_fashion': 'mae_nano_fashion.safetensors',
+    'mae_nano_cifar10': 'mae_nano_cifar10.safetensors',
+}
 
 def shipped_file(
     name:str,  # a key of `SHIPPED`

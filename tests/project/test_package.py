@@ -9,6 +9,8 @@ import zipfile
 import pytest
 from support import ROOT
 
+from mae_nb.weights.published import SHIPPED
+
 CLEAN = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
 
 
@@ -47,9 +49,10 @@ def test_the_wheel_holds_every_module_data_licence_and_script(built):
     names = set(zipfile.ZipFile(next(built.glob('*.whl'))).namelist())
     modules = {str(f.relative_to(ROOT)) for f in (ROOT/'mae_nb').rglob('*.py')}
     assert modules <= names
-    model = 'mae_nano_cifar10'
-    for file in ('fashion.npz', 'LICENSE.fashion-mnist', 'make_fashion.py', f'{model}.safetensors', f'{model}.md'):
-        assert f'mae_nb/data_files/{file}' in names
+    files = ['fashion.npz', 'LICENSE.fashion-mnist', 'make_fashion.py', 'make_model.py', 'unpack_fashion.py']
+    for model in SHIPPED:
+        files += [f'{model}.safetensors', f'{model}.md']
+    assert {f'mae_nb/data_files/{file}' for file in files} <= names
     assert (ROOT/'mae_nb'/'data_files'/'fashion.npz').stat().st_size < 6e6
 
 
