@@ -1,0 +1,200 @@
+"""The book in Chinese: `python zh/build.py` writes the notebooks to nbs_zh/.
+
+A file `zh/<chapter>.md` has a section for each markdown cell of `nbs/<chapter>.ipynb`: a line
+`<!-- cell ID FINGERPRINT -->`, then the translation. The fingerprint is that of the English text it was made from.
+A translator writes `new` in its place, and `python zh/build.py --stamp` puts the fingerprint of today's text there.
+Code and outputs are those of the English notebooks."""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+ZH = Path(__file__).resolve().parent
+ROOT = ZH.parent
+NBS = ROOT/'nbs'
+README = ROOT/'README.zh.md'
+SECTION = re.compile(r'^<!-- cell (\S+) (\S+) -->\n', re.M)
+LINK = re.compile(r'\]\((?!https?:|#|mailto:|attachment:)([^)\s#]+)')
+MINUTES = re.compile(r'^(\|.*\|) (\d+) \|$', re.M)   # a row of the index's map: minutes last
+NO_MINUTES = re.compile(r'^(\|.*\|) \|$', re.M)
+NO_CHAPTER = '> *本章尚无中文译文,以下为英文原文。*'
+NO_CELL = '> *这一段尚无中文译文。*'
+OLD_CELL = '> *这一段的英文原文在翻译之后有改动。*'
+
+
+@dataclass
+class Section:
+    "The translation of a cell, and the fingerprint of the English text that it was made from."
+    made_from: str
+    text: str
+
+
+def source(cell: dict) -> str:
+    return ''.join(cell['source'])
+
+
+def english(file: Path) -> dict[str, str]:
+    "The markdown cells of a notebook by id; the index's without its minutes, which a program computes."
+    cells = json.loads(file.read_text())['cells']
+    texts = {c['id']: source(c) for c in cells if c['cell_type'] == 'markdown'}
+    if file.name != 'index.ipynb':
+        return texts
+    return {cell: MINUTES.sub(r'\1 |', text) for cell, text in texts.items()}
+
+
+def fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def translation_file(notebook: Path) -> Path:
+    return ZH/notebook.relative_to(NBS).with_suffix('.md')
+
+
+def notebook_file(translation: Path) -> Path:
+    return NBS/translation.relative_to(ZH).with_suffix('.ipynb')
+
+
+def translations() -> list[Path]:
+    return sorted(ZH.rglob('*.md'))
+
+
+def notebooks() -> list[Path]:
+    return [f for f in sorted(NBS.rglob('*.ipynb')) if '.ipynb_checkpoints' not in f.parts]
+
+
+def sections(translation: Path) -> dict[str, Section]:
+    "The sections of a file by the id of their cell."
+    _, *parts = SECTION.split(translation.read_text())
+    ids, made_from, texts = parts[::3], parts[1::3], parts[2::3]
+    twice = sorted({cell for cell in ids if ids.count(cell) > 1})
+    if twice:
+        raise ValueError(f'{translation}: more than one section for {", ".join(twice)}')
+    return {cell: Section(old, text.strip()) for cell, old, text in zip(ids, made_from, texts)}
+
+
+def stale(translation: Path) -> list[str]:
+    "Cells whose English text has changed since the translation, or no longer exists."
+    now = english(notebook_file(translation))
+    return [cell for cell, s in sections(translation).items()
+            if cell not in now or s.made_from != fingerprint(now[cell])]
+
+
+def untranslated(translation: Path) -> list[str]:
+    "Cells that have no section."
+    return [cell for cell in english(notebook_file(translation)) if cell not in sections(translation)]
+
+
+def stamp(translation: Path) -> int:
+    "Give sections marked `new` the fingerprint of today's English text; returns how many there were."
+    now = english(notebook_file(translation))
+
+    def marked(match):
+        cell, old = match.groups()
+        if old == 'new' and cell not in now:
+            raise ValueError(f'{translation}: {notebook_file(translation)} has no markdown cell {cell}')
+        return f'<!-- cell {cell} {fingerprint(now[cell]) if old == "new" else old} -->\n'
+
+    text = translation.read_text()
+    translation.write_text(SECTION.sub(marked, text))
+    return len(re.findall(r'^<!-- cell \S+ new -->$', text, re.M))
+
+
+def with_minutes(text: str, original: str) -> str:
+    "A translated map of the index, with the minutes of the English one."
+    minutes = iter(m[2] for m in MINUTES.finditer(original))
+    return NO_MINUTES.sub(lambda row: f'{row[1]} {next(minutes)} |', text)
+
+
+def translated(cell: dict, chapter: dict[str, Section]) -> str:
+    "A markdown cell's Chinese text, with a remark where it is missing or older than the English text."
+    text = source(cell)
+    section = chapter.get(cell['id'])
+    if section is None:
+        return f'{NO_CELL}\n\n{text}'
+    chinese = with_minutes(section.text, text)
+    same = section.made_from in (fingerprint(text), fingerprint(MINUTES.sub(r'\1 |', text)))
+    return chinese if same else f'{OLD_CELL}\n\n{chinese}'
+
+
+def moved_links(text: str, old: Path, new: Path) -> str:
+    "Links out of nbs/ as they are from the folder `new`; links inside stay, because the whole book moves."
+    def moved(match):
+        target = (old/match[1]).resolve()
+        if target.is_relative_to(NBS):
+            return match[0]
+        return f']({Path(os.path.relpath(target, new)).as_posix()}'
+    return LINK.sub(moved, text)
+
+
+def chinese_notebook(file: Path, folder: Path) -> dict:
+    "A notebook with its prose in Chinese, for a place in `folder`; code and outputs are untouched."
+    notebook = json.loads(file.read_text())
+    prose = [c for c in notebook['cells'] if c['cell_type'] == 'markdown']
+    translation = translation_file(file)
+    chapter = sections(translation) if translation.exists() else None
+    for i, cell in enumerate(prose):
+        if chapter is None:
+            text = f'{NO_CHAPTER}\n\n{source(cell)}' if i == 0 else source(cell)
+        else:
+            text = translated(cell, chapter)
+        cell['source'] = moved_links(text, file.parent, folder).splitlines(keepends=True)
+    return notebook
+
+
+def build(out: Path):
+    "Write the whole book, with the pictures that its prose shows."
+    for file in notebooks():
+        new = out/file.relative_to(NBS)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        notebook = chinese_notebook(file, new.parent)
+        new.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n')
+    shutil.copytree(NBS/'images', out/'images', dirs_exist_ok=True)
+
+
+def readme() -> str:
+    "README.zh.md: the index in Chinese, with links from the top of the project."
+    cells = json.loads((NBS/'index.ipynb').read_text())['cells']
+    chapter = sections(ZH/'index.md')
+    text = '\n\n'.join(translated(c, chapter) for c in cells)
+    text = re.sub(r'\]\((?!https?:|\.\./|#)', '](nbs/', text)
+    return '[English](README.md)\n\n' + re.sub(r'\]\(\.\./', '](', text).strip() + '\n'
+
+
+def status() -> list[str]:
+    "A line for each translated chapter: cells translated of cells in all, and those that are missing or stale."
+    lines = []
+    for file in translations():
+        number, old, missing = len(english(notebook_file(file))), stale(file), untranslated(file)
+        line = f'{file.relative_to(ZH).with_suffix("")}: {number - len(missing)} of {number} cells'
+        line += f', stale: {" ".join(old)}' if old else ''
+        lines.append(line + (f', missing: {" ".join(missing)}' if missing else ''))
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', type=Path, default=ROOT/'nbs_zh', help='folder for the notebooks')
+    parser.add_argument('--stamp', action='store_true', help='give new sections their fingerprint; build nothing')
+    parser.add_argument('--status', action='store_true', help='list what is translated; build nothing')
+    parser.add_argument('--readme', action='store_true', help='write README.zh.md; build nothing')
+    args = parser.parse_args()
+    out = args.out.resolve()
+    if out.is_relative_to(NBS):
+        parser.error(f'--out {args.out} is inside nbs/, where nbdev would export it again: choose another folder')
+    if args.stamp:
+        print(sum(stamp(file) for file in translations()), 'sections stamped')
+    if args.readme:
+        README.write_text(readme())
+    if args.status:
+        print('\n'.join(status()))
+    if not (args.stamp or args.readme or args.status):
+        build(out)
+        print(f'{len(translations())} of {len(notebooks())} notebooks are translated; open {out/"index.ipynb"}')
+
+
+if __name__ == '__main__':
+    main()
