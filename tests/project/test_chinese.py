@@ -16,6 +16,7 @@ IMAGE = re.compile(r'!\[[^\]]*\]\(([^)]+)\)')
 LINK_TARGET = re.compile(r'(?<=\])\(([^)\s]+)\)')
 FORMULA = re.compile(r'\$\$.+?\$\$|\$[^$\n]+\$', re.S)
 CODE = re.compile(r'``.+?``|`[^`\n]+`')
+UNITS = {'million': 1e6, 'billion': 1e9, '万': 1e4, '亿': 1e8}
 NUMBER = re.compile(r'\d+(?:[.,]\d+)*')
 
 
@@ -26,6 +27,13 @@ STARS = re.compile(r'\*{1,3}')
 
 def name(file):
     return str(file.relative_to(build.ZH).with_suffix(''))
+
+
+def plain_amounts(text):
+    "300 million and 3 亿 as the same number."
+    for unit, value in UNITS.items():
+        text = re.sub(rf'(\d+(?:\.\d+)?) ?{unit}', lambda m: f'{float(m[1]) * value:.0f}', text)
+    return text
 
 
 def take(pattern, text):
@@ -47,7 +55,7 @@ def facts(text):
     found['exercise'] = re.findall(r'^\*\*\d+\.\*\*', text, re.M)
     found['table row'] = [line.count('|') for line in text.splitlines() if line.startswith('|')]
     found['item'] = len(re.findall(r'^(?:-|\d+\.) ', text, re.M))
-    found['number'] = Counter(NUMBER.findall(text))
+    found['number'] = Counter(NUMBER.findall(plain_amounts(text)))
     return found
 
 
