@@ -19,7 +19,8 @@ NBS = ROOT/'nbs'
 README = ROOT/'README.zh.md'
 SECTION = re.compile(r'^<!-- cell (\S+) (\S+) -->\n', re.M)
 LINK = re.compile(r'\]\((?!https?:|#|mailto:|attachment:)([^)\s#]+)')
-MINUTES = re.compile(r'^(\|.*\|) (\d+) \|$', re.M)   # a row of the index's map: minutes last
+MAP = '### The course'   # the index's cell with the map of the book has it
+MINUTES = re.compile(r'^(\|.*\|) (\d+) \|$', re.M)   # a row of the map: minutes last
 NO_MINUTES = re.compile(r'^(\|.*\|) \|$', re.M)
 NO_CHAPTER = '> *本章尚无中文译文,以下为英文原文。*'
 NO_CELL = '> *这一段尚无中文译文。*'
@@ -37,13 +38,15 @@ def source(cell: dict) -> str:
     return ''.join(cell['source'])
 
 
+def without_minutes(text: str) -> str:
+    "A text that a translator has to follow: the index's map without its minutes, which a program computes."
+    return MINUTES.sub(r'\1 |', text) if MAP in text else text
+
+
 def english(file: Path) -> dict[str, str]:
-    "The markdown cells of a notebook by id; the index's without its minutes, which a program computes."
+    "The markdown cells of a notebook by id."
     cells = json.loads(file.read_text())['cells']
-    texts = {c['id']: source(c) for c in cells if c['cell_type'] == 'markdown'}
-    if file.name != 'index.ipynb':
-        return texts
-    return {cell: MINUTES.sub(r'\1 |', text) for cell, text in texts.items()}
+    return {c['id']: without_minutes(source(c)) for c in cells if c['cell_type'] == 'markdown'}
 
 
 def fingerprint(text: str) -> str:
@@ -104,7 +107,9 @@ def stamp(translation: Path) -> int:
 
 
 def with_minutes(text: str, original: str) -> str:
-    "A translated map of the index, with the minutes of the English one."
+    "A translation; the index's map with the minutes of the English one."
+    if MAP not in original:
+        return text
     minutes = iter(m[2] for m in MINUTES.finditer(original))
     return NO_MINUTES.sub(lambda row: f'{row[1]} {next(minutes)} |', text)
 
@@ -116,8 +121,7 @@ def translated(cell: dict, chapter: dict[str, Section]) -> str:
     if section is None:
         return f'{NO_CELL}\n\n{text}'
     chinese = with_minutes(section.text, text)
-    same = section.made_from in (fingerprint(text), fingerprint(MINUTES.sub(r'\1 |', text)))
-    return chinese if same else f'{OLD_CELL}\n\n{chinese}'
+    return chinese if section.made_from == fingerprint(without_minutes(text)) else f'{OLD_CELL}\n\n{chinese}'
 
 
 def moved_links(text: str, old: Path, new: Path) -> str:

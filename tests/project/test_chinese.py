@@ -17,6 +17,7 @@ LINK_TARGET = re.compile(r'(?<=\])\(([^)\s]+)\)')
 FORMULA = re.compile(r'\$\$.+?\$\$|\$[^$\n]+\$', re.S)
 CODE = re.compile(r'``.+?``|`[^`\n]+`')
 UNITS = {'million': 1e6, 'billion': 1e9, '万': 1e4, '亿': 1e8}
+AMOUNT = re.compile(rf'(\d+(?:\.\d+)?) ?({"|".join(UNITS)})')
 NUMBER = re.compile(r'\d+(?:[.,]\d+)*')
 
 
@@ -31,9 +32,7 @@ def name(file):
 
 def plain_amounts(text):
     "300 million and 3 亿 as the same number."
-    for unit, value in UNITS.items():
-        text = re.sub(rf'(\d+(?:\.\d+)?) ?{unit}', lambda m: f'{float(m[1]) * value:.0f}', text)
-    return text
+    return AMOUNT.sub(lambda m: f'{float(m[1]) * UNITS[m[2]]:.0f}', text)
 
 
 def take(pattern, text):
@@ -122,3 +121,120 @@ def faults_of_form(text):
 def test_a_translation_is_set_as_chinese_is(file):
     wrong = {cell: faults_of_form(text) for cell, _, text in pairs(file)}
     assert {cell: found for cell, found in wrong.items() if found} == {}
+
+
+# ---- terms -----------------------------------------------------------------------------------------------------------
+
+SHORT = {'head': '头', 'hidden patch': '被遮', 'seed': '种子', 'student': '学生', 'target': '目标', 'teacher': '教师'}
+OTHER_SENSE = {'f0a6600b': 'view', 'be000006': 'head', '2d699ced': 'head'}   # cells that use the word for another thing
+NAMES_AND_TITLES = 'bibliography'
+
+
+def glossary():
+    "Each English term of the glossary with its Chinese ones, long terms first."
+    text = '\n'.join(build.english(build.NBS/'course'/'glossary.ipynb').values())
+    found = {}
+    for english, chinese in re.findall(r'^\| ([^|]+) \| ([^|]+) \| [^|]+ \| \[.+ \|$', text, re.M):
+        words = re.split(r' / |、', re.sub(r'（[^）]+）', '', chinese))
+        for term in re.sub(r' \([^)]+\)', '', english).split(', '):
+            found[term] = [SHORT.get(term, re.sub(r' 函数$', '', word)) for word in words]
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def absent_terms(original, translation, terms):
+    "Terms in an English text whose translation has neither a Chinese term of the glossary nor the English one."
+    original, translation = prose(original), prose(translation)
+    absent = []
+    for term, words in terms.items():
+        original, times = re.subn(rf'\b{re.escape(term)}s?\b', ' ', original, flags=re.I)
+        english = re.search(re.escape(term), translation, re.I)
+        if times and not english and not any(word in translation for word in words):
+            absent.append(term)
+    return absent
+
+
+@pytest.mark.parametrize('file', [f for f in TRANSLATED if f.stem != NAMES_AND_TITLES], ids=name)
+def test_terms_are_those_of_the_glossary(file):
+    terms = glossary()
+    absent = {cell: absent_terms(original, text, terms) for cell, original, text in pairs(file)}
+    assert {cell: found for cell, found in absent.items() if found not in ([], [OTHER_SENSE.get(cell)])} == {}
+
+
+# ---- the tests find what they are for --------------------------------------------------------------------------------
+
+def test_a_lost_fact_is_found():
+    english = '## A head\n\nIt has 300 million `weights`, $n^2$ of [them](a.ipynb).'
+    chinese = '## 头\n\n它有 3 亿个 `weights`，[其中](a.ipynb) $n^2$ 个。'
+    assert differences(english, chinese) == {}
+    for old, new in (('3 亿', '3 万'), ('`weights`', '权重'), ('a.ipynb', 'b.ipynb'), ('$n^2$', '$n$'), ('##', '#')):
+        assert len(differences(english, chinese.replace(old, new))) == 1
+
+
+def test_a_fault_of_form_is_found():
+    assert faults_of_form('**头**（head）：`f(x)` 的值，*不*变。') == []
+    assert faults_of_form('一,二') == ['一,']
+    assert len(faults_of_form('**头。**它')) == 1
+
+
+def test_another_term_is_found():
+    terms = {'mask token': ['掩码词元'], 'token': ['词元']}
+    assert absent_terms('A mask token.', '一个掩码词元。', terms) == []
+    assert absent_terms('A mask token.', '一个遮罩。', terms) == ['mask token']
+
+
+# ---- the builder -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def book(tmp_path_factory):
+    "The Chinese book in a folder elsewhere."
+    out = tmp_path_factory.mktemp('zh')
+    build.build(out)
+    return out
+
+
+def test_code_and_outputs_are_those_of_the_english_book(book):
+    for file in build.notebooks():
+        english, chinese = (json.loads(f.read_text()) for f in (file, book/file.relative_to(build.NBS)))
+        assert [c['id'] for c in english['cells']] == [c['id'] for c in chinese['cells']]
+        for cell, same in zip(english['cells'], chinese['cells']):
+            assert cell == same or cell['cell_type'] == 'markdown'
+        english.pop('cells'), chinese.pop('cells')
+        assert english == chinese
+
+
+def test_the_prose_is_chinese_and_its_links_lead_somewhere(book):
+    for file in TRANSLATED:
+        notebook = book/file.relative_to(build.ZH).with_suffix('.ipynb')
+        cells = [build.source(c) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown']
+        assert all(re.search(CHINESE, text) for text in cells)
+        assert not any(mark in text for text in cells for mark in (build.NO_CHAPTER, build.NO_CELL, build.OLD_CELL))
+        links = [link for text in cells for link in build.LINK.findall(text)]
+        assert [link for link in links if not (notebook.parent/link).exists()] == []
+
+
+def test_the_index_has_todays_minutes(book):
+    english, chinese = (json.loads(f.read_text())['cells'] for f in (build.NBS/'index.ipynb', book/'index.ipynb'))
+    minutes = [[m[2] for c in cells for m in build.MINUTES.finditer(build.source(c))] for cells in (english, chinese)]
+    assert minutes[0] == minutes[1] and len(minutes[0]) > 80
+
+
+def test_what_is_missing_or_old_is_marked():
+    cell = dict(id='a', source=['# New\n', 'text'])
+    assert build.translated(cell, {}).startswith(build.NO_CELL)
+    now, old = (build.fingerprint(text) for text in ('# New\ntext', '# Old\ntext'))
+    assert build.translated(cell, {'a': build.Section(now, '# 新')}) == '# 新'
+    assert build.translated(cell, {'a': build.Section(old, '# 旧')}) == f'{build.OLD_CELL}\n\n# 旧'
+
+
+def test_a_folder_inside_nbs_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['build.py', '--out', str(build.NBS/'zh')])
+    with pytest.raises(SystemExit) as stopped:
+        build.main()
+    assert stopped.value.code == 2 and 'is inside nbs/' in capsys.readouterr().err
+
+
+def test_the_chinese_readme_is_made_from_the_index():
+    "`python zh/build.py --readme` writes it."
+    assert build.README.read_text() == build.readme()
+    links = build.LINK.findall(build.README.read_text())
+    assert [link for link in links if not (ROOT/link).exists()] == []
