@@ -90,6 +90,7 @@ def check_made_from_notebooks():
     if '--fix' in sys.argv:
         update_index()
         PAGE.write_text(page_notebook())
+        run(sys.executable, 'zh/build.py', '--readme')
     for file, text in ((ROOT/'README.md', readme()), (ROOT/'nbs'/'llms.txt', llms())):
         if '--fix' in sys.argv:
             file.write_text(text)
