@@ -21,7 +21,6 @@ from ..base.names import pick
 from ..data.crops import resize
 from ..data.images import standardize
 from ..model.classifier import ENCODER_OPTIONS, encoder_options
-from ..model.costs import step_flops
 from ..model.encoder import Encoder
 from ..model.mae import MAE
 from ..weights.loading import LoadReport, fill
@@ -143,8 +142,15 @@ class Segmenter(nn.Module):
         return self.encoder.img_size
 
     def step_flops(self) -> int:
-        "Operations of the encoder in a training step; the head's are left out."
-        return step_flops(self.encoder)
+        "Operations of a training step for one image: three times those of a forward pass, as PyTorch counts them."
+        from torch.nn.attention import SDPBackend, sdpa_kernel   # slow to import, as the counter
+        from torch.utils.flop_counter import FlopCounterMode
+        training, weight = self.training, self.encoder.cls_token
+        plain = sdpa_kernel(SDPBackend.MATH)   # the counter does not know the CPU's fused attention
+        with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+            self.eval()(weight.new_zeros(1, self.encoder.in_chans, *self.img_size))
+        self.train(training)
+        return 3 * counter.get_total_flops()
 
     def forward(self,
         imgs:torch.Tensor,                  # standardised images (b, c, h, w)
