@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'MASK_ENDINGS', 'MASK_FOLDERS', 'read_mask', 'MaskSet', 'size_error', 'nearest', 'crop_both', 'WholePair',
-           'CropPair', 'pair_files', 'upright_size', 'count_labels', 'read_class_names', 'number_table', 'open_masks',
-           'split_pairs']
+           'CropPair', 'pair_files', 'upright_size', 'count_labels', 'read_class_names', 'ignored_numbers',
+           'number_table', 'open_masks', 'split_pairs']
 
 # %% ../../nbs/tasks/24_masks.ipynb #635797c3
 import os
@@ -239,13 +239,21 @@ def read_class_names(
         return [row.split('\t')[-1].strip() for row in rows if row.strip()]
     return []
 
+def ignored_numbers(
+    values:Sequence|int|None,  # numbers, or texts of them
+) -> tuple[int]:
+    "Numbers in masks that are no class, beside 255."
+    values = () if values is None else (values,) if isinstance(values, (int, str)) else values
+    numbers = tuple(int(v) if isinstance(v, str) and v.isdecimal() else v for v in values)
+    if wrong := [n for n in numbers if type(n) is not int or not 0 <= n <= 255]:
+        raise UsageError(f'`ignore` takes numbers in a mask, from 0 to 255, got {wrong[0]!r}')
+    return numbers
+
 def number_table(
     ignore:Sequence=(),  # numbers in masks that are no class, beside 255
 ) -> np.ndarray:         # number in a file -> class number or `IGNORE` (256,)
     "The classes are the numbers that are not ignored, in their order."
-    ignore = {IGNORE, *ignore}
-    if wrong := [n for n in ignore if type(n) is not int or not 0 <= n <= 255]:
-        raise UsageError(f'`ignore` takes numbers in a mask, from 0 to 255, got {wrong[0]!r}')
+    ignore = {IGNORE, *ignored_numbers(ignore)}
     table, number = np.full(256, IGNORE, np.uint8), 0
     for value in range(256):
         if value not in ignore:

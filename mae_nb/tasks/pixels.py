@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['count_pixels', 'class_ious', 'pixel_numbers', 'MeanIoU', 'palette', 'overlay', 'draw_overlays', 'measure',
-           'write_measures', 'PixelOptions', 'evaluate_masks', 'measures_text', 'write_mask', 'predict_masks']
+           'write_measures', 'PixelOptions', 'evaluate_masks', 'check_unused', 'measures_text', 'write_mask',
+           'predict_masks']
 
 # %% ../../nbs/tasks/26_pixels.ipynb #673cc1c3
 import csv
@@ -26,7 +27,7 @@ from ..data.datasets import ImageSet, folder_set
 from ..data.images import printable
 from .batches import as_expected, check_named, picture_name
 from .evaluate import start_folder
-from .masks import IGNORE, MaskSet, open_masks
+from .masks import IGNORE, MaskSet, ignored_numbers, open_masks
 from .segmenters import Segmenter, load_segmenter, segment_picture
 from ..training.progress import Steps
 from ..training.runs import next_run, write_json
@@ -180,6 +181,7 @@ class PixelOptions:
     def __post_init__(self):
         check_named(self.data, self.weights)
         check_ranges(bs=self.bs)
+        object.__setattr__(self, 'ignore', ignored_numbers(self.ignore))
 
 def _open_model(options:PixelOptions) -> tuple[Segmenter, Weights]:
     "The model on its device, and its opened weights."
@@ -218,6 +220,15 @@ def evaluate_masks(
 def _predictor(model:Segmenter, images:ImageSet) -> Callable:
     "Image (c, h, w) uint8 -> class numbers (h, w)."
     return lambda img: segment_picture(model, img, images.mean, images.std)
+
+def check_unused(
+    mode:str,   # the flag that is given
+    **options,  # of a training, with None or False where they are not given
+):
+    "Raise `UsageError` for an option that only a training has."
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise UsageError(f'`{name}` has no meaning with `{mode}`, which trains nothing: leave it out')
 
 def measures_text(
     result:dict,  # with samples, miou, pixel_accuracy and classes_seen

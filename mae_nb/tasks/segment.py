@@ -25,7 +25,7 @@ from ..data.channels import with_channels
 from ..data.images import read_or_explain
 from ..data.loader import get_dls
 from .finetune import DropNoise
-from .masks import IGNORE, CropPair, WholePair, open_masks, split_pairs
+from .masks import IGNORE, CropPair, WholePair, ignored_numbers, open_masks, split_pairs
 from .pixels import MeanIoU, draw_overlays, measure, measures_text, pixel_numbers, write_measures
 from .segmenters import MAPS, Segmenter, create_segmenter, segment_picture, segmenter_from
 from ..training.distributed import batch_norms
@@ -153,8 +153,7 @@ class SegmentOptions(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        given = (self.ignore,) if isinstance(self.ignore, int) else self.ignore
-        object.__setattr__(self, 'ignore', tuple(given or ()))
+        object.__setattr__(self, 'ignore', ignored_numbers(self.ignore))
 
     @property
     def task(self) -> str: return 'segment'
