@@ -9,7 +9,7 @@ __all__ = ['IGNORE', 'MASK_ENDINGS', 'MASK_FOLDERS', 'read_mask', 'MaskSet', 'si
 
 # %% ../../nbs/tasks/24_masks.ipynb #635797c3
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +165,9 @@ class CropPair(WholePair):
         draws = [nth_uniform(k('crop'), i) for i in range(3)]
         factor = self.scale[0] + draws[0] * (self.scale[1] - self.scale[0])
         factor *= max(size[0] / whole[0], size[1] / whole[1])
-        rows, columns = (min(max(round(n / factor), 1), most) for n, most in zip(size, whole))
-        height, width = (min(max(round(n * factor), 1), most) for n, most in zip((rows, columns), size))
+        boxes = [(max(round(n / factor), 1), n) for n in size]   # of the picture, and scaled
+        (rows, height), (columns, width) = [
+            (box, n) if box <= most else (most, max(round(most * factor), 1)) for (box, n), most in zip(boxes, whole)]
         top, left = (int(u * (most - n + 1)) for u, most, n in zip(draws[1:], whole, (rows, columns)))
         mirrored = self.flip and nth_uniform(k('flip'), 0) < .5
         return CropSpec(top, left, rows, columns, height, width, 0, 0, mirrored)
@@ -193,8 +194,8 @@ def pair_files(
         raise UsageError(f'no images in {images}: expected files such as .jpg or .png')
     missing = [name for name in pictures if name not in others]
     if missing:
-        raise UsageError(f'{printable(pictures[missing[0]])} has no mask: expected '
-                         f'{printable(masks/missing[0])}.png ({len(missing):,} of {len(pictures):,} pictures have none)')
+        raise UsageError(f'{printable(pictures[missing[0]])} has no mask: expected {printable(masks/missing[0])}.png '
+                         f'({len(missing):,} of {len(pictures):,} pictures have none)')
     spare = len(others) - len(pictures)
     notes = [f'{masks}: {spare:,} masks without a picture are not read'] if spare else []
     return list(pictures.values()), [others[name] for name in pictures], notes

@@ -9,7 +9,7 @@ __all__ = ['count_pixels', 'class_ious', 'pixel_numbers', 'MeanIoU', 'palette', 
 
 # %% ../../nbs/tasks/26_pixels.ipynb #673cc1c3
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,9 +161,9 @@ def write_measures(
         rows.writerow(['class', 'pixels', 'iou', 'right', 'most_often_taken_for'])
         for i, name in enumerate(names):
             wrong = np.where(np.arange(len(counts)) == i, 0, counts[i])
-            pixels = counts[i].sum()
-            rows.writerow([name, pixels, '' if np.isnan(ious[i]) else f'{ious[i]:.6g}',
-                           f'{counts[i, i] / pixels:.6g}' if pixels else '', names[wrong.argmax()] if wrong.any() else ''])
+            pixels, iou = counts[i].sum(), '' if np.isnan(ious[i]) else f'{ious[i]:.6g}'
+            right = f'{counts[i, i] / pixels:.6g}' if pixels else ''
+            rows.writerow([name, pixels, iou, right, names[wrong.argmax()] if wrong.any() else ''])
     save_figure(draw_overlays(images, range(min(6, len(images))), predict), out/'figures'/'overlays.png', dpi=90)
 
 # %% ../../nbs/tasks/26_pixels.ipynb #d13e185f

@@ -8,7 +8,7 @@ __all__ = ['MAPS', 'tapped_blocks', 'block_maps', 'LinearMap', 'Scales', 'Pyrami
            'segment_picture']
 
 # %% ../../nbs/tasks/25_segmenters.ipynb #a2d5eaff
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from einops import rearrange
