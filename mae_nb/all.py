@@ -68,6 +68,7 @@ PUBLIC = {   # module -> its public names
     'tasks.masks': 'MaskSet open_masks',
     'tasks.segmenters': 'load_segmenter segmenter_from',
     'tasks.segment': 'SegmentOptions segment_learner segment',
+    'tasks.detect': 'detector',
     'measure.bench': 'random_images',
     'measure.plan': 'DATASETS fit_batch make_plan',
     'commands': '''mae_demo mae_pretrain mae_finetune mae_probe mae_replay mae_show mae_convert mae_pack mae_bench

@@ -242,7 +242,7 @@ def test_two_processes_measure_what_one_measures(pairs, encoder, tmp_path):
         return learn.final_record
 
     alone = segment(small_run(pairs, encoder, tmp_path/'one', epochs=1)).final_record
-    both = results(spread(2, run, tmp_path/'said'))
+    both = results(spread(2, run, tmp_path/'said', seconds=900))
     assert both[0] == both[1]
     assert np.allclose(alone, both[0], rtol=1e-4)
     one, two = (json.loads((tmp_path/name/'results.json').read_text()) for name in ('one', 'two'))
