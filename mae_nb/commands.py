@@ -8,7 +8,7 @@ __all__ = ['mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show', 'mae_convert
 
 # %% ../nbs/commands.ipynb #0a1d0231
 from .command_line import Blocks, Numbers, Positional, Repeatable, Size, cli, command, is_cli
-from .model_commands import mae_embed, mae_eval, mae_neighbours  # noqa: F401   for the console scripts
+from .model_commands import mae_embed, mae_eval, mae_neighbours, mae_segment  # noqa: F401   for the console scripts
 
 # %% ../nbs/commands.ipynb #40ca6fc3
 @cli('path/to/photos --model mae_vit_tiny_patch16 --recipe pretrain_small', 'fashion --epochs 2 --set mask_ratio=.6',

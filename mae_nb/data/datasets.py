@@ -82,6 +82,11 @@ class ImageSet:
             return torch.from_numpy(self.items[i]).permute(2, 0, 1)
         return read_image(io.BytesIO(self.data(i)), self.in_chans, shrink)
 
+    @property
+    def companions(self) -> list:
+        "Sets of files that belong to these images and are no images, such as masks: a resumed run compares them too."
+        return []
+
     def data(self, i:int) -> bytes:
         "The content of the file of image number `i`."
         item = self.items[i]

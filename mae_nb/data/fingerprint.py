@@ -71,7 +71,7 @@ def list_data(
 ) -> Listing:
     "List the files of a run's sets."
     columns, titles = [], {}
-    for images in sets:
+    for images in [each for one in sets for each in (one, *one.companions)]:
         part = _place_of(images.name)
         for title, name, size, content in _entries(images, contents):
             place = titles.setdefault(f'{part}/{title}' if title else part, len(titles))

@@ -314,6 +314,7 @@ def get_dls(
     num_workers:int|None=None,         # processes that read and crop; None: 0 from memory, else one a core, at most 8
     device=None,                       # where batches go; the GPU if there is one
     decode:str='cpu',                  # one of `DECODE`: who decodes JPEGs
+    transforms:tuple|None=None,        # (training, validation) `Transform`s instead of the recipe's and the middle crop
 ):                                     # fastai's `DataLoaders` of (images uint8, sample index, labels)
     "Loaders for training and, if the source has a set for it, validation."
     from fastai.data.core import DataLoaders   # slow to import
@@ -326,9 +327,10 @@ def get_dls(
     if pick(decode, DECODE, 'decode') == 'device':
         check_device(device)
     augment = augment_of(recipe, train.mean, train.std)
-    sets = [Samples(train, size, seed, augment, recipe.repeats, decode)]
+    first, second = transforms or (augment, augment if recipe.views > 1 else eval_crop)
+    sets = [Samples(train, size, seed, first, recipe.repeats, decode)]
     if valid is not None:   # views are what the loss compares, in validation too
-        sets.append(Samples(valid, size, seed, augment if recipe.views > 1 else eval_crop, decode=decode))
+        sets.append(Samples(valid, size, seed, second, decode=decode))
     loaders = [Loader(s, bs, s is sets[0], num_workers, device.type == 'cuda', rank(), processes()) for s in sets]
     dls = DataLoaders(*loaders, device=device)
     dls.n_inp, dls.seed = 1, seed

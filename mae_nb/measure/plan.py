@@ -107,6 +107,9 @@ def planned_model(
         if recipe.task == 'linear':
             return FrozenProbe(encoder, LinearHead(encoder.dim, classes, recipe.pool))
         return FrozenProbe(encoder, AttentiveHead(encoder.dim, classes, fit_queries(recipe, encoder).queries))
+    if recipe.task == 'segment':
+        raise UsageError('a segmentation is not planned here: its memory depends on the head; try some steps, '
+                         'mae-segment ... --max-steps 5')
     raise UsageError(f'a recipe for {recipe.task} trains nothing: there is no run to plan')
 
 def memory_needs(

@@ -21,6 +21,7 @@ from mae_nb.training.recipes import (
     AttentiveRecipe, FinetuneRecipe, KnnRecipe, LinearRecipe, PartialRecipe, PretrainRecipe, Recipe, ScratchRecipe,
     describe_fields, override,
 )
+from .segment_recipes import SegmentRecipe
 
 # %% ../../nbs/training/02_presets.ipynb #cf4a5c67
 _PAPER = dict(min_lr=0., pool='cls', erase=0.)   # where the paper's fine-tuning differs from its code
@@ -52,6 +53,7 @@ RECIPES = {
     'attentive_l': AttentiveRecipe(queries=16),                  # one query a head, as for B
     'attentive_h': AttentiveRecipe(queries=16),
     'knn': KnnRecipe(),
+    'segment': SegmentRecipe(),                                  # appendix A.4; ADE20K
 }
 
 # %% ../../nbs/training/02_presets.ipynb #f2b5a099
@@ -69,6 +71,8 @@ RECIPES['pretrain_cifar10'] = _small_pretrain(12)
 RECIPES['pretrain_small'] = PretrainRecipe(epochs=200, warmup_epochs=20, batch_size=64, base_lr=1.5e-3)
 RECIPES['finetune_small'] = FinetuneRecipe(epochs=60, batch_size=32, base_lr=4e-3, mixup=0., cutmix=0., erase=0.)
 RECIPES['scratch_small'] = ScratchRecipe(epochs=200, batch_size=64, base_lr=2e-3, weight_decay=.05, ema=0.)
+RECIPES['segment_small'] = SegmentRecipe(epochs=30, warmup_epochs=3, batch_size=16, base_lr=3e-2, drop_path=0.,
+                                         crop_scale=(.8, 1.25), augment='random', amp=False)
 RECIPES['demo_fashion'] = replace(_small_pretrain(16), batch_size=64, crop_scale=(.6, 1.))
 RECIPES['demo_cifar10'] = replace(_small_pretrain(8), batch_size=64, crop_scale=(.6, 1.))
 for _data in ('fashion', 'cifar10'):

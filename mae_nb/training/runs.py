@@ -210,7 +210,7 @@ def write_json(
 FREE = 'num_workers', 'device', 'parallel', 'save_every', 'if_full', 'data_check', 'json', 'jobs'
 IMAGES = 'in_chans', 'mean', 'std'   # named in `config.json` only where they are given
 COMMANDS = dict(pretrain='mae-pretrain', finetune='mae-finetune', linear='mae-probe', partial='mae-probe',
-                attentive='mae-probe', knn='mae-probe', study='mae-study')   # task in `config.json` -> its command
+                attentive='mae-probe', knn='mae-probe', study='mae-study', segment='mae-segment')   # task -> command
 
 def absolute_path(
     name:str|None,  # a data set's name, a folder or a file

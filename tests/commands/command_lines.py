@@ -54,6 +54,10 @@ SMALL = [
     ('mae-eval path/to/labelled', {'vit_b_16.pth': 'runs/finetune-1'}, '--num-workers 0 --bs 8'),
     ('mae-embed', {'mae_pretrain_vit_base.pth': 'runs/pretrain-1'}, '--num-workers 0 --bs 8'),
     ('mae-neighbours', {'cats/12.jpg': 'cats/001.jpg'}, ''),
+    ('mae-segment path/to/ADEChallengeData2016', {'path/to/ADEChallengeData2016': 'path/to/pairs',
+                                                  'mae_pretrain_vit_base.pth': 'runs/pretrain-1'},
+     f'{QUICK} --head linear --img-size 64'),
+    ('mae-segment', {}, ''),
     ('mae-replay', {}, ''),
     ('mae-course', {}, ''),
 ]

@@ -46,6 +46,16 @@ def save_folder(folder: Path, count: int):
         photograph(i).save(place/f'{i:03}.jpg')
 
 
+def save_pairs(folder: Path, count: int):
+    "Photographs, and masks of the numbers 0, 1 and 2."
+    for part in ('images', 'masks'):
+        (folder/part).mkdir(parents=True)
+    for i in range(count):
+        photograph(i).save(folder/'images'/f'{i:03}.jpg')
+        numbers = np.kron(np.random.default_rng(i).integers(0, 3, (6, 8), dtype=np.uint8), np.ones((12, 12), np.uint8))
+        Image.fromarray(numbers).save(folder/'masks'/f'{i:03}.png')
+
+
 def _add(tar: tarfile.TarFile, name: str, data: bytes):
     info = tarfile.TarInfo(name)
     info.size = len(data)
@@ -85,6 +95,7 @@ def make_home(home: Path, watcher):
     for i, name in enumerate(('one.jpg', 'another.png')):
         photograph(i).save(home/name)
     save_ilsvrc(home/'data'/'ilsvrc')
+    save_pairs(home/'path'/'to'/'pairs', 20)
 
     def run(*words):
         got = watcher.run(words, home, terminal=False)
@@ -102,6 +113,8 @@ def make_home(home: Path, watcher):
     run('mae-pretrain', 'data/packed', *PACKED.split(), '--out', 'runs/base')
     run('mae-finetune', 'data/packed', 'runs/base', *few, '--out', 'runs/base-ft')
     run('mae-finetune', 'path/to/labelled', '--from-scratch', *NANO.split(), *few, '--out', 'runs/finetune-1')
+    run('mae-segment', 'path/to/pairs', '--from-scratch', *NANO.split(), *few, '--recipe', 'segment_small', '--head',
+        'linear', '--out', 'runs/segment-1')
     for name in ('photos.parquet', 'photos.npy'):
         run('mae-embed', 'path/to/photos', 'of_photos', '--out', name, '--num-workers', '0')
     for name in ('large', 'huge'):
