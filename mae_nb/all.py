@@ -65,6 +65,7 @@ PUBLIC = {   # module -> its public names
     'tasks.evaluate': 'EvalOptions evaluate',
     'tasks.embed': 'EmbedOptions embed read_embeddings',
     'tasks.neighbours': 'NeighbourOptions neighbours',
+    'tasks.widgets': 'explore_masking explore_shuffle explore_reconstruction explore_attention explore_neighbours',
     'measure.bench': 'random_images',
     'measure.plan': 'DATASETS fit_batch make_plan',
     'commands': '''mae_demo mae_pretrain mae_finetune mae_probe mae_replay mae_show mae_convert mae_pack mae_bench

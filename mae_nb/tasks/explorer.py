@@ -88,7 +88,7 @@ border: 1px solid #ffffff60; box-shadow: none}}
 .{name} button:focus-visible {{outline: 3px solid #000; outline-offset: -3px; box-shadow: inset 0 0 0 5px #fff}}
 .{name} button.mod-active {{{pressed}}}'''
 _COVERED = 'background: #{:02x}{:02x}{:02x}; border-color: #fff'.format(*(round(255 * c) for c in HIDDEN_COLOUR))
-_FRAMED = 'outline: 3px solid #fff; outline-offset: -5px; box-shadow: inset 0 0 0 2px #000, inset 0 0 0 5px #000'
+_FRAMED = 'background: transparent; outline: 3px solid #fff; outline-offset: -5px; box-shadow: inset 0 0 0 9px #000'
 
 @dataclass(frozen=True)
 class Board:

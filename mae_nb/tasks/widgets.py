@@ -125,7 +125,7 @@ def _draw_shuffle(images:ImageSet, cells:int, picture:str, step:int, seed:int) -
     imgs = _chosen(images, picture, (cells * p, cells * p)) / 255
     patches, numbers = shuffle_steps(imgs, p, seed=seed)[step]
     noise = uniform(key(seed, 0, torch.arange(1), 'mask'), cells**2)[0]
-    figure = new_figure(7.6, 3.1)
+    figure = new_figure(7.6, 2.7)
     whole, *axs = figure.subplot_mosaic([['whole', *range(8)], ['whole', *range(8, 16)]],
                                         width_ratios=[4, *[1] * 8]).values()
     whole.imshow(shown_image(imgs[0]), cmap='gray', vmin=0, vmax=1)
@@ -172,7 +172,7 @@ def _draw_reconstruction(model, images:ImageSet, stated:tuple, picture:str, own:
     pasted = unstandardize(pasted, *stated)
     error = ((real - pasted)**2).sum().item() / (len(removed) * model.encoder.patch_size**2 * imgs.shape[1])
     titles = [f'{model.num_patches - len(removed)} of {model.num_patches} patches are seen',
-              f'predicted, off by {error**.5:.0%}', 'original']
+              f'predicted, off by {100 * error**.5:.0f} %', 'original']
     figure = draw_row(titles, [_hide(real, mask, model.encoder.patch_size), *map(shown_image, (pasted[0], real[0]))])
     return figure, (f'{"your picture" if own else picture}: {titles[0]}, the others are {titles[1]} of the range of a '
                     'pixel (root of the mean squared error)')
@@ -198,28 +198,34 @@ def explore_reconstruction(
     patterns = {sampler: partial(_mask_numbers, sampler, grid, model.mask_ratio) for sampler in ('random', 'block')}
     board = Board('press the patches to hide', grid, beneath, tuple(patterns['random'](0)),
                   patterns=patterns | dict(none=lambda clicks: ()))
-    controls = dict(picture=Choice('picture', tuple(names), next(iter(names))), own=Upload('own picture'), removed=board)
+    controls = dict(picture=Choice('picture', tuple(names), next(iter(names))), own=Upload('own picture'),
+                    removed=board)
     return explore(partial(_draw_reconstruction, model, images, stated), controls, live)
 
 # %% ../../nbs/tasks/29_widgets.ipynb #a290001c
-def _draw_attention(encoder, images:ImageSet, maps:Callable, picture:str, block:int, head:str, patch:tuple) -> tuple:
+def _draw_attention(
+    encoder, picture_of:Callable, maps:Callable, picture:str, block:int, head:str, patch:tuple) -> tuple:
     "A row of an attention map, over the grid of patches."
     weights = maps(picture, block)
     weights = weights.mean(dim=0) if head == 'mean' else weights[int(head)]
     row, columns = weights[patch[0] + 1 if patch else 0], encoder.grid[1]
     looked = row[1:].view(encoder.grid)
     who = f'the patch in row {patch[0] // columns + 1}, column {patch[0] % columns + 1}' if patch else 'the class token'
-    figure = new_figure(3.6, 3.3)
-    ax = figure.subplots()
-    shown = ax.imshow(100 * looked, cmap='viridis', vmin=0)
-    if patch:
-        ax.plot(patch[0] % columns, patch[0] // columns, 's', ms=12, mfc='none', mec='w', mew=2)
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(f'where {who} looks', fontsize=9)
+    figure = new_figure(6.4, 3)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    left.imshow(picture_of(picture), extent=(-.5, columns - .5, encoder.grid[0] - .5, -.5), cmap='gray', vmin=0, vmax=1)
+    shown = right.imshow(100 * looked, cmap='viridis', vmin=0)
+    for ax in (left, right):
+        for i in patch:
+            for colour, width in (('k', 5), ('w', 2)):   # visible on bright and on dark patches
+                ax.plot(i % columns, i // columns, 's', ms=13, mfc='none', mec=colour, mew=width)
+        ax.set_axis_off()
+    right.set_title(f'where {who} looks', fontsize=9)
     figure.colorbar(shown, label='share of its attention, %')
     top = looked.argmax().item()
     return figure, (f'{picture}, block {block}, head {head}: {who} looks most at row {top // columns + 1}, column '
-                    f'{top % columns + 1}, with {looked.max():.0%} of its attention; the class token gets {row[0]:.0%}')
+                    f'{top % columns + 1}, with {100 * looked.max():.0f} % of its attention; '
+                    f'the class token gets {100 * row[0]:.0f} %')
 
 def explore_attention(
     weights:str|Path='mae_nano_cifar10',  # as for `load_encoder`
@@ -237,15 +243,16 @@ def explore_attention(
         with torch.no_grad():
             return attention_maps(encoder, standardize(_chosen(images, picture, size), *stated), block)[0]
 
-    def beneath(values):
-        return shown_image(_chosen(images, values['picture'], size)[0] / 255)
+    def picture_of(picture):
+        return shown_image(_chosen(images, picture, size)[0] / 255)
 
     rows, columns = encoder.grid
-    board = Board('press a patch', encoder.grid, beneath, (rows // 2 * columns + columns // 2,), many=False)
+    board = Board('press a patch', encoder.grid, lambda values: picture_of(values['picture']),
+                  (rows // 2 * columns + columns // 2,), many=False)
     controls = dict(picture=Choice('picture', tuple(names), next(iter(names))),
                     block=Slider('block', 0, depth - 1, 1, depth - 1),
                     head=Choice('head', ('mean', *map(str, range(heads))), 'mean'), patch=board)
-    return explore(partial(_draw_attention, encoder, images, maps), controls, live)
+    return explore(partial(_draw_attention, encoder, picture_of, maps), controls, live)
 
 # %% ../../nbs/tasks/29_widgets.ipynb #a290001f
 def _draw_neighbours(images:ImageSet, vectors:Callable, count:int, number:int, by:str) -> tuple:
@@ -255,13 +262,13 @@ def _draw_neighbours(images:ImageSet, vectors:Callable, count:int, number:int, b
     near = [(int(i), float(c)) for i, c in zip(found[0], cosines[0]) if i != number][:count]
     label = [str(i) if images.labels is None else str(images.classes[images.labels[i]]) for i in range(len(images))]
     figure = new_figure(8.4, 3.2)
-    axs = figure.subplots(2, (count + 2) // 2).flat
+    axs = figure.subplots(2, (count + 2) // 2).flatten()
+    for ax in axs:
+        ax.set_axis_off()
     for ax, (i, cosine) in zip(axs, [(number, None), *near]):
         ax.imshow(shown_image(images.read(i)), cmap='gray', vmin=0, vmax=255)
         ax.set_title(label[i] if cosine is None else f'{label[i]}\n{cosine:.3f}', fontsize=8,
                      weight='bold' if cosine is None else None)
-    for ax in axs.base.flat if hasattr(axs.base, 'flat') else axs:
-        ax.set_axis_off()
     names = ', '.join(label[i] for i, _ in near)
     return figure, f'picture {number} ({label[number]}) and the nearest by {by}: {names}'
 
@@ -281,5 +288,6 @@ def explore_neighbours(
     def vectors(by):
         return pixel_features(images, size) if by == 'pixels' else extract_features(encoder, images)['avg']
 
-    controls = dict(number=Slider('picture', 0, len(images) - 1, 1, 17), by=Choice('by', ('features', 'pixels'), 'features'))
+    controls = dict(number=Slider('picture', 0, len(images) - 1, 1, 17),
+                    by=Choice('by', ('features', 'pixels'), 'features'))
     return explore(partial(_draw_neighbours, images, vectors, count), controls, live)
