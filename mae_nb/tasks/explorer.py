@@ -88,7 +88,8 @@ border: 1px solid #ffffff60; box-shadow: none}}
 .{name} button:focus-visible {{outline: 3px solid #000; outline-offset: -3px; box-shadow: inset 0 0 0 5px #fff}}
 .{name} button.mod-active {{{pressed}}}'''
 _COVERED = 'background: #{:02x}{:02x}{:02x}; border-color: #fff'.format(*(round(255 * c) for c in HIDDEN_COLOUR))
-_FRAMED = 'background: transparent; outline: 3px solid #fff; outline-offset: -5px; box-shadow: inset 0 0 0 9px #000'
+_FRAMED = ('background: transparent !important; outline: 3px solid #fff !important; outline-offset: -5px !important; '
+           'box-shadow: inset 0 0 0 9px #000 !important')   # Jupyter has a look of its own for pressed buttons
 
 @dataclass(frozen=True)
 class Board:

@@ -103,6 +103,14 @@ def press(page, element, *keys):
     element.send_keys(*keys)
 
 
+def choose(page, number, menu, option):
+    "Choose from one of a picture's lists."
+    from selenium.webdriver.support.ui import Select
+    element = panel(page, number).find_elements('css selector', 'select')[menu]
+    page.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
+    Select(element).select_by_visible_text(option)
+
+
 def click(page, element):
     page.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
     element.click()
@@ -119,8 +127,7 @@ def test_a_slider_moves_and_the_picture_changes(page):
     press(page, handle, Keys.ARROW_LEFT)
     after = until_it_changes(page, 0, before, '58 of 196 patches are visible')   # .70
     screenshot(page, 'masking_after', 0)
-    menu = panel(page, 0).find_elements('css selector', 'select')[1]
-    press(page, menu, 'block')
+    choose(page, 0, 1, 'block')
     until_it_changes(page, 0, after, 'hidden by the sampler block')
 
 
@@ -138,7 +145,7 @@ def test_the_list_is_shuffled_step_by_step(page):
 
 @pytest.mark.slow
 @browsing
-def test_a_mask_is_drawn_by_hand(page, tmp_path):
+def test_a_mask_is_drawn_by_hand(page):
     before = picture(page, 2)
     screenshot(page, 'reconstruction_before', 2)
     buttons = panel(page, 2).find_elements('css selector', '.widget-gridbox button')
@@ -149,11 +156,11 @@ def test_a_mask_is_drawn_by_hand(page, tmp_path):
     after = until_it_changes(page, 2, before, '17 of 64 patches are seen')
     press(page, hidden, ' ')   # the keyboard does the same
     after = until_it_changes(page, 2, after, '16 of 64 patches are seen')
-    from PIL import Image
-    from sklearn.datasets import load_sample_image
-    Image.fromarray(load_sample_image('china.jpg')).save(tmp_path/'own.png')
-    panel(page, 2).find_element('css selector', 'input[type=file]').send_keys(str(tmp_path/'own.png'))
-    until_it_changes(page, 2, after, 'your picture: ')
+    pattern = panel(page, 2).find_element('xpath', './/button[text()="block"]')
+    click(page, pattern)
+    after = until_it_changes(page, 2, after, '16 of 64 patches are seen')
+    choose(page, 2, 0, 'roof')
+    until_it_changes(page, 2, after, 'roof: 16 of 64')
     screenshot(page, 'reconstruction_after', 2)
 
 
@@ -166,7 +173,7 @@ def test_a_patch_is_clicked_and_its_attention_shown(page):
     after = until_it_changes(page, 3, before, 'the patch in row 2, column 2 looks most at')
     screenshot(page, 'attention_after', 3)
     assert len(panel(page, 3).find_elements('css selector', '.widget-gridbox button.mod-active')) == 1
-    press(page, panel(page, 3).find_elements('css selector', 'select')[1], '2')
+    choose(page, 3, 1, '2')
     until_it_changes(page, 3, after, 'head 2')
 
 
@@ -177,6 +184,6 @@ def test_neighbours_follow_the_picture(page):
     before = picture(page, 4)
     press(page, panel(page, 4).find_elements('css selector', '.noUi-handle')[0], Keys.ARROW_RIGHT)
     after = until_it_changes(page, 4, before, 'picture 18 ')
-    press(page, panel(page, 4).find_elements('css selector', 'select')[0], 'pixels')
+    choose(page, 4, 0, 'pixels')
     until_it_changes(page, 4, after, 'the nearest by pixels')
     screenshot(page, 'neighbours_after', 4)
