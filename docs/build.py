@@ -57,7 +57,8 @@ def map_sections() -> tuple[list, dict]:
     course, engineering = text.split('### The course')[1].split('### The engineering part')
     rows = re.findall(r'^\| \d+ \| \[([^\]]+)\]\(([^)]+)\.ipynb\)', course, re.M)
     packages, package = {}, ''
-    for shown, title, file in re.findall(r'^\| (?:\*\*(\w+)\*\*)? ?\| \[([^\]]+)\]\(([^)]+)\.ipynb\)', engineering, re.M):
+    row = re.compile(r'^\| (?:\*\*(\w+)\*\*)? ?\| \[([^\]]+)\]\(([^)]+)\.ipynb\)', re.M)
+    for shown, title, file in row.findall(engineering):
         package = shown or package
         packages.setdefault(package, []).append({title: f'{file}.md'})
     return [{title: f'{file}.md'} for title, file in rows], packages

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = re.compile(r'^#\| ?(hide|default_exp)\b', re.M)
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 LINK = re.compile(r'(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)')
-CODE = re.compile(r'(```.*?```|`[^`\n]+`)', re.S)
+CODE_OR_LINK = re.compile(rf'(?P<code>```.*?```|`[^`\n]+`)|{LINK.pattern}', re.S)   # a link in code is none
 
 
 def all_notebooks() -> list[Path]:
@@ -64,9 +64,9 @@ class Page:
 
     def with_links(self, text: str) -> str:
         "Links to notebooks lead to pages; what is no page is linked where the project is published, or only named."
-        pieces = CODE.split(text)
-        pieces[::2] = [LINK.sub(self.link, piece) for piece in pieces[::2]]
-        return ''.join(pieces)
+        def changed(found):
+            return found[0] if found['code'] else LINK.sub(self.link, found[0])
+        return CODE_OR_LINK.sub(changed, text)
 
     def link(self, found) -> str:
         label, target = found[1], (self.file.parent/found[2]).resolve()

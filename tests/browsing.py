@@ -71,7 +71,8 @@ def chromium(profile: Path, webdriver, width: int = 1300, height: int = 1800, **
 
 READY = """
 const kernel = document.querySelector('.jp-Toolbar-kernelName')
-return !!document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') && kernel.textContent != 'No Kernel'
+const idle = document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]')
+return !!idle && kernel.textContent != 'No Kernel'
 """
 
 

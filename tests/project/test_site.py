@@ -41,6 +41,7 @@ def test_links_that_no_page_has_lead_to_the_repository_or_nowhere(tmp_path):
         page = notebooks.Page(ROOT/'nbs'/'index.ipynb', tmp_path, repo)
         assert page.with_links('[settings](../settings.ini)') == expected
     assert page.with_links('[all](all.ipynb#by-hand)') == '[all](all.md#by-hand)'
+    assert page.with_links('[`all`](all.ipynb)') == '[`all`](all.md)'
     assert page.with_links('`[x](all.ipynb)` [web](https://x.org)') == '`[x](all.ipynb)` [web](https://x.org)'
 
 
@@ -113,8 +114,8 @@ def site(tmp_path_factory):
         return Path(folder).resolve()
     pytest.importorskip('material', reason='pip install -e ".[site]"')
     out = tmp_path_factory.mktemp('site')
-    done = subprocess.run([sys.executable, '-W', 'ignore', ROOT/'docs'/'build.py', '--repo', 'someone/book', '--out', out],
-                          capture_output=True, text=True)
+    words = [sys.executable, '-W', 'ignore', ROOT/'docs'/'build.py', '--repo', 'someone/book', '--out', out]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -254,7 +255,8 @@ def test_a_reader_clicks_through_the_site(reader, address):
     reader.execute_script('document.querySelector("form[data-md-component=palette] label:not([hidden])").click()')
     wait_for(lambda: reader.execute_script(scheme) != before)
     keep(reader, 'chapter_dark')
-    for page in ('api/model/patches.html', 'reference/commands.html', 'training/03_optim.html', 'course/playground.html'):
+    for page in ('api/model/patches.html', 'reference/commands.html', 'training/03_optim.html',
+                 'course/playground.html'):
         reader.get(address + page)
         keep(reader, 'dark_' + Path(page).stem)
         assert reader.execute_script(OVERFLOW) <= 0, page
