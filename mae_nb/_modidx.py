@@ -910,6 +910,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mae_nb.tasks.embed.Parts.file': ('tasks/embed.html#parts.file', 'mae_nb/tasks/embed.py'),
                                     'mae_nb.tasks.embed.Parts.missing': ('tasks/embed.html#parts.missing', 'mae_nb/tasks/embed.py'),
                                     'mae_nb.tasks.embed.Parts.read': ('tasks/embed.html#parts.read', 'mae_nb/tasks/embed.py'),
+                                    'mae_nb.tasks.embed.Parts.remove': ('tasks/embed.html#parts.remove', 'mae_nb/tasks/embed.py'),
                                     'mae_nb.tasks.embed.Parts.rows': ('tasks/embed.html#parts.rows', 'mae_nb/tasks/embed.py'),
                                     'mae_nb.tasks.embed.Parts.write': ('tasks/embed.html#parts.write', 'mae_nb/tasks/embed.py'),
                                     'mae_nb.tasks.embed._begin': ('tasks/embed.html#_begin', 'mae_nb/tasks/embed.py'),
