@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'LOCK', 'flush_to_disk', 'new_file_mode', 'write_atomically', 'write_whole', 'save_figure',
            'name_without_path', 'remove_leftovers', 'sha256', 'md5', 'other_kind', 'no_folder', 'BadFile', 'read_json',
-           'read_table', 'FolderInUse', 'lock_folder', 'unlock_folder', 'locked_folder', 'is_remote',
-           'remote_file_system', 'read_remote', 'fetch_remote']
+           'read_table', 'FolderInUse', 'lock_folder', 'unlock_folder', 'locked_folder', 'is_remote']
 
 # %% ../../nbs/base/03_files.ipynb #ae4881b2
 import csv
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
-from .errors import MissingFile, UsageError, require
+from .errors import MissingFile
 
 # %% ../../nbs/base/03_files.ipynb #0900a002
 def flush_to_disk(
@@ -288,47 +287,3 @@ def is_remote(
 ) -> bool:
     "Whether a source is an address in an object store."
     return '://' in str(source)
-
-def remote_file_system(
-    address:str,  # of a file or a folder
-) -> tuple:       # a `pyarrow.fs.FileSystem`, and the path in it
-    "The file system of an address: one of pyarrow's own, or else of fsspec's."
-    pa = require('pyarrow', 'pack')
-    from fsspec.core import url_to_fs
-    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
-    try:
-        return FileSystem.from_uri(address)
-    except pa.ArrowInvalid as e:
-        if 'Unrecognized filesystem type' not in str(e):
-            raise
-    fs, path = url_to_fs(address)
-    return PyFileSystem(FSSpecHandler(fs)), path
-
-def read_remote(
-    address:str,  # of a file
-) -> bytes:
-    "The content of a file in an object store."
-    fs, path = remote_file_system(address)
-    with fs.open_input_stream(path) as f:
-        return f.read()
-
-def fetch_remote(
-    address:str,    # of a file in an object store
-    file:Path,      # the copy in a local cache
-    checksum:str,   # its SHA-256
-) -> Path:          # the copy
-    "A file of an object store in a local cache, copied and checked if it is not there yet."
-    from filelock import FileLock
-    from pyarrow.fs import copy_files
-    if file.is_file():
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{file}.lock'):
-        if file.is_file():   # another process was first
-            return file
-        fs, path = remote_file_system(address)
-        with write_atomically(file) as part:
-            copy_files(path, str(part), source_filesystem=fs)
-            if sha256(part) != checksum:
-                raise UsageError(f'{address} is not what was packed: put it there again')
-    return file

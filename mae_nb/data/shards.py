@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..base.errors import MissingFile, UsageError, require
-from ..base.files import (
-    LOCK, fetch_remote, is_remote, locked_folder, read_remote, remove_leftovers, sha256, write_atomically, write_whole)
+from ..base.files import is_remote, sha256, write_atomically
 from ..base.settings import setting
+from ..base.stores import Address, Folder, open_store
 from .archives import Encoded, Part, source_stamp
 from .images import quiet_worker, read_image
 
@@ -83,10 +83,10 @@ def read_index(
 ) -> dict:            # the list of shards, `plan`, `complete`, `labels`
     "A packed folder's list of shards."
     try:
-        index = json.loads(read_remote(f'{folder}/{INDEX}') if is_remote(folder) else (Path(folder)/INDEX).read_bytes())
+        index = json.loads(open_store(folder).read(INDEX))
     except (FileNotFoundError, NotADirectoryError) as e:
         raise MissingFile(f'{folder} is no packed folder: it has no {INDEX}') from e
-    except (ValueError, ImportError) as e:   # damaged, or an address that no library knows
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f'{folder}/{INDEX} cannot be read: {e}') from e
     kinds = dict(plan=dict, shards=dict, complete=bool)
     if not isinstance(index, dict) or not all(isinstance(index.get(k), kind) for k, kind in kinds.items()):
@@ -103,18 +103,19 @@ def check_shards(
     index:dict,       # its list of shards, from `read_index`
 ):
     "Compare each shard with its checksum; an error names those that differ."
-    rows = tqdm(index['shards'].items(), desc='checking', unit=' shards', disable=None)
-    if faults := [fault for file, row in rows if (fault := _shard_fault(Path(folder)/file, row))]:
+    rows, store = tqdm(index['shards'].items(), desc='checking', unit=' shards', disable=None), open_store(folder)
+    sizes = store.sizes()
+    if faults := [fault for file, row in rows if (fault := _shard_fault(store, sizes, file, row))]:
         raise UsageError(f'{len(faults)} of {len(index["shards"])} shards in {folder} are damaged: '
                          f'{"; ".join(faults[:5])}: delete them and run the same mae-pack again')
 
-def _shard_fault(file:Path, row:dict) -> str:
+def _shard_fault(store:Folder|Address, sizes:dict, file:str, row:dict) -> str:
     "What is wrong with a shard, if anything."
-    if not file.is_file():
-        return f'{file.name} is missing'
-    if (size := file.stat().st_size) != row['bytes']:
-        return f'{file.name} has {size} bytes, not {row["bytes"]}'
-    return '' if sha256(file) == row['sha256'] else f'{file.name} is not what was written'
+    if file not in sizes:
+        return f'{file} is missing'
+    if sizes[file] != row['bytes']:
+        return f'{file} has {sizes[file]} bytes, not {row["bytes"]}'
+    return '' if store.sha256(file) == row['sha256'] else f'{file} is not what was written'
 
 # %% ../../nbs/data/03_shards.ipynb #6800349f
 class _Job(NamedTuple):
@@ -126,8 +127,8 @@ class _Job(NamedTuple):
 
 class _ShardWriter(Dataset):
     "Writes shard `i` in a loader's worker; an error is returned, since one raised there comes wrapped in a traceback."
-    def __init__(self, out:Path, parts:dict, jobs:list, encode:Callable, plan:dict):
-        self.out, self.parts, self.jobs, self.encode, self.mark = out, parts, jobs, encode, _marks(plan)
+    def __init__(self, store:Folder|Address, parts:dict, jobs:list, encode:Callable, plan:dict):
+        self.store, self.parts, self.jobs, self.encode, self.mark = store, parts, jobs, encode, _marks(plan)
 
     def __len__(self): return len(self.jobs)
 
@@ -135,7 +136,8 @@ class _ShardWriter(Dataset):
         job = self.jobs[i]
         try:
             ids = range(job.start, job.stop)
-            return write_shard(self.out/job.file, self.parts[job.part], ids, self.encode, self.mark(file=job.file))
+            with self.store.sending(job.file) as file:
+                return write_shard(file, self.parts[job.part], ids, self.encode, self.mark(file=job.file))
         except Exception as e:
             return e
 
@@ -160,28 +162,25 @@ def _jobs(parts:dict, per_shard:int) -> list[_Job]:
                  for number, start in enumerate(range(0, n, per_shard))]
     return jobs
 
-def _begin(out:Path, plan:dict, skip_bad:bool) -> dict:
-    "The list of shards in `out`: a new one, or one started with the same plan, without the shards to be written again."
-    if (out/INDEX).is_file():
-        index = read_index(out)
-        if differ := sorted(k for k in plan if index['plan'].get(k) != plan[k]):
-            raise UsageError(f'{out} was started from another source or with other options ({", ".join(differ)}): '
-                             'name another folder, or delete it')
-        remove_leftovers(out)
-        done = {f: row for f, row in index['shards'].items() if _is_whole(out/f, row)}
-        kept = {f: row for f, row in done.items() if skip_bad or not row['left_out']}
-        return index | dict(shards=kept)
-    return dict(plan=plan, complete=False, shards={})
+def _begin(store:Folder|Address, plan:dict, skip_bad:bool) -> dict:
+    "The list of shards there: a new one, or one started with the same plan, without the shards to be written again."
+    sizes = store.sizes()
+    if INDEX not in sizes:
+        return dict(plan=plan, complete=False, shards={})
+    index = read_index(store.place)
+    if differ := sorted(k for k in plan if index['plan'].get(k) != plan[k]):
+        raise UsageError(f'{store.place} was started from another source or with other options ({", ".join(differ)}): '
+                         'name another folder, or delete it')
+    done = {f: row for f, row in index['shards'].items() if sizes.get(f) == row['bytes']}
+    return index | dict(shards={f: row for f, row in done.items() if skip_bad or not row['left_out']})
 
-def _is_whole(file:Path, row:dict) -> bool: return file.is_file() and file.stat().st_size == row['bytes']
-
-def _write_index(out:Path, index:dict):
-    write_whole(out/INDEX, json.dumps(index | dict(hash=_digest(json.dumps(index, sort_keys=True)))) + '\n')
+def _write_index(store:Folder|Address, index:dict):
+    store.write(INDEX, json.dumps(index | dict(hash=_digest(json.dumps(index, sort_keys=True)))) + '\n')
 
 # %% ../../nbs/data/03_shards.ipynb #6b445cda
 def pack(
     parts:dict[str, Part],   # train and, optionally, val
-    out:str|Path,            # the folder: new, empty, or started by the same call
+    out:str|Path,            # the folder, or the address in an object store: new, empty, or started by the same call
     *,
     read:Callable=read_image,  # as in `reencode`
     max_side:int|None=None,  # longest side in pixels: longer images are re-encoded; None keeps the original bytes
@@ -191,14 +190,14 @@ def pack(
     num_workers:int=0,       # processes
 ) -> dict:                   # the list of shards
     "Pack a data set into shards, or resume where packing was interrupted, and check them all."
-    out, encode = Path(out), partial(reencode, max_side=max_side, quality=quality, read=read)
-    jobs, plan = _jobs(parts, per_shard), _plan(parts, max_side, quality, per_shard)
-    if out.is_dir() and not (out/INDEX).is_file() and any(f.name != LOCK for f in out.iterdir()):
+    store, encode = open_store(out), partial(reencode, max_side=max_side, quality=quality, read=read)
+    jobs, plan, there = _jobs(parts, per_shard), _plan(parts, max_side, quality, per_shard), store.sizes()
+    if there and INDEX not in there:
         raise UsageError(f'{out} exists already and is not empty: name another folder')
-    with locked_folder(out):
-        index = _begin(out, plan, skip_bad)
+    with store.locked():
+        index = _begin(store, plan, skip_bad)
         _drop_changed(parts, jobs, index)
-        _write_missing(out, parts, jobs, index, encode, num_workers)
+        _write_missing(store, parts, jobs, index, encode, num_workers)
         index['shards'] = {job.file: index['shards'][job.file] for job in jobs}
         if not skip_bad:
             _refuse_bad(index)
@@ -207,7 +206,7 @@ def pack(
         for row in index['shards'].values():
             row.pop('source', None)   # has served: the finished list depends on the images alone
         index['complete'] = True
-        _write_index(out, index)
+        _write_index(store, index)
     return index
 
 def _drop_changed(parts:dict, jobs:list, index:dict):
@@ -218,20 +217,20 @@ def _drop_changed(parts:dict, jobs:list, index:dict):
             print(f'{job.file} is written again: its files have changed', flush=True)
             del index['shards'][job.file]
 
-def _write_missing(out:Path, parts:dict, jobs:list, index:dict, encode:Callable, num_workers:int):
+def _write_missing(store:Folder|Address, parts:dict, jobs:list, index:dict, encode:Callable, num_workers:int):
     "Write the shards that are not on the list, and the list after each of them."
     missing = [job for job in jobs if job.file not in index['shards']]
     if missing:
-        _write_index(out, index | dict(complete=False))
+        _write_index(store, index | dict(complete=False))
     images, left = (sum(job.stop - job.start for job in some) for some in (jobs, missing))
-    rows = DataLoader(_ShardWriter(out, parts, missing, encode, index['plan']), batch_size=None,
+    rows = DataLoader(_ShardWriter(store, parts, missing, encode, index['plan']), batch_size=None,
                       num_workers=num_workers, worker_init_fn=quiet_worker)
     with tqdm(total=images, initial=images - left, unit=' images', disable=None) as bar:
         for job, row in zip(missing, rows):
             if isinstance(row, Exception):
                 raise row
             index['shards'][job.file] = row
-            _write_index(out, index | dict(complete=False))
+            _write_index(store, index | dict(complete=False))
             bar.update(job.stop - job.start)
 
 def left_out(
@@ -285,7 +284,7 @@ class Packed(Encoded):
             file, row = self.shards[s]
             path = self.folder/file
             if self.uri:
-                fetch_remote(f'{self.uri}/{file}', path, row['sha256'])
+                Address(self.uri).fetch(file, path, row['sha256'])
             pa = require('pyarrow', 'pack')
             self.opened[s] = pa.ipc.open_file(pa.OSFile(str(path)))
         return self.opened[s]
@@ -336,7 +335,8 @@ def open_pack(
     return {name: _packed_part(name, index, folder, uri) for name in index['plan']['parts']}
 
 def _check_sizes(folder:Path, index:dict):
-    wrong = [f for f, row in index['shards'].items() if not _is_whole(folder/f, row)]
+    sizes = open_store(folder).sizes()
+    wrong = [f for f, row in index['shards'].items() if sizes.get(f) != row['bytes']]
     if wrong:
         raise UsageError(f'{folder} lacks {len(wrong)} of its {len(index["shards"])} shards, or parts of them; '
                          f'the first is {wrong[0]}: run the same mae-pack again')

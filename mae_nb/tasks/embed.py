@@ -100,6 +100,7 @@ class Parts:
         dtype:np.dtype,   # of the file
     ):
         self.folder, self.n, self.shape, self.dtype = Path(f'{out}.parts'), n, tuple(shape), np.dtype(dtype)
+        self.used = Path(f'{out}.used')   # what a job that is finished removes
         batches = all_batches(n, bs)
         bytes_a_batch = bs * int(np.prod(shape)) * self.dtype.itemsize
         group = max(1, min(32, PART_BYTES // bytes_a_batch))
@@ -122,6 +123,11 @@ class Parts:
             raise ValueError(f'{self.file(number)} holds {features.dtype} of shape {features.shape} and not '
                              f'{self.dtype} of shape {wanted}: remove it, and it is made again')
         return features
+
+    def remove(self):
+        "Remove the folder, which loses its name first: half a folder would belong to a job that cannot continue."
+        self.folder.rename(self.used)
+        shutil.rmtree(self.used)
 
     def begin(self, job:dict, images:ImageSet):
         "Describe the job, or check that the one in the folder is the same."
@@ -262,6 +268,7 @@ def embed(
         print_once(f'note: {note}')
     parts = Parts(out, len(images), options.bs, feature_shape(encoder, options.tokens, options.block),
                   'float16' if options.half else 'float32')
+    shutil.rmtree(parts.used, ignore_errors=True)   # of a job that was killed at its very end
     if out.exists() and not parts.folder.is_dir():
         raise UsageError(f'{out} exists already: choose another `out`')
     encoder, job = encoder.to(device), _job(options, encoder, images, device)
@@ -270,7 +277,7 @@ def embed(
         _fill(parts, encoder, images, options)
         if rank() == 0:
             join_parts(parts, images, out, {k: job[k] for k in ('model', 'tokens', 'block', 'encoder')})
-            shutil.rmtree(parts.folder)
+            parts.remove()
         gather_values(None)   # nobody leaves before the file is there
     finally:
         unlock_folder(parts.folder)

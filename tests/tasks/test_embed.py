@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import BIN, begin_command
+from support import BIN, begin_command, exit_code, fork
 from torch import nn
 
 from mae_nb.data.datasets import folder_set
 from mae_nb.model.classifier import create_classifier
 from mae_nb.model.mae import create_mae
-from mae_nb.tasks.embed import EmbedOptions, embed, read_embeddings
+from mae_nb.tasks.embed import EmbedOptions, Parts, embed, read_embeddings
 from mae_nb.tasks.features import extract_features
 from mae_nb.weights.loading import save_model
 
@@ -78,6 +78,25 @@ def test_a_killed_job_continues_to_the_same_file(photos, weights, small_parts, f
     assert killed.read_bytes() == whole.read_bytes() and not folder.exists()
     if ending == 'npy':
         assert killed.with_suffix('.csv').read_bytes() == whole.with_suffix('.csv').read_bytes()
+
+
+def test_a_job_killed_while_its_parts_are_removed_is_finished(tmp_path):
+    "Half a folder of parts would belong to a job that can neither continue nor begin."
+    parts = Parts(tmp_path/'x.npy', 4, 2, (3,), 'float32')
+    parts.folder.mkdir()
+    for name in ('000000.npy', 'job.json', 'data.npz'):
+        (parts.folder/name).write_bytes(b'content')
+
+    def cut(folder):
+        (folder/'data.npz').unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def remove():
+        shutil.rmtree = cut
+        parts.remove()
+
+    assert exit_code(fork(remove, tmp_path/'log')) == -signal.SIGKILL, (tmp_path/'log').read_text()
+    assert not parts.folder.exists() and parts.used.is_dir()
 
 
 def test_workers_and_processes_change_nothing(photos, weights, tmp_path):
