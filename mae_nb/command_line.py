@@ -240,8 +240,8 @@ _SUBJECTS = {   # a flag's group in the help
                  'tokens block features fast query k target mask mask_ratio against task data',
     'how it is trained': 'recipe set epochs max_steps minutes bs seed labels tune rates readout',
     'where it runs': 'device num_workers jobs decode parallel gpus rate memory price dtype steps pairs folder',
-    'what is written': 'out half map map_by resume data_check save_every if_full plan json format quantize max_side '
-                       'quality per_shard skip_bad few debug',
+    'what is written': 'out half map map_by resume data_check log save_every if_full plan json format quantize '
+                       'max_side quality per_shard skip_bad few debug',
 }
 _QUESTIONS = {   # flags that are answered instead of a run
     '--version': "show the package's version",
