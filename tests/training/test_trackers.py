@@ -6,16 +6,15 @@ import json
 import os
 import socket
 import sqlite3
-import struct
 import threading
 from functools import partial
 from importlib.util import find_spec
 
 import pytest
 from support import exit_code, fork
-from tiny_runs import WORDS, call, check_same, event, in_fork, live, run_command, signals
+from tiny_runs import WORDS, call, check_same, event, in_fork, learner, run_command, signals
 
-from mae_nb.base.tables import read_metrics
+from mae_nb.base.tables import log_records, read_metrics
 from mae_nb.training import trackers
 from mae_nb.training.trackers import TRACKERS, Tracker, Trackers, tracker_callbacks
 
@@ -26,10 +25,9 @@ BATCHES = 22   # an epoch of the tiny runs, which have three
 class Lines(Tracker):
     "Rows as lines of a file in the run folder."
     package, extra = 'json', 'lines'
-    def start(self, config, out, noted):
+    def start(self, config, out, name):
         self.file = out/'rows.jsonl'
-        steps = [row['step'] for row in read_lines(out)]
-        return dict(id=noted.get('id', f'of process {os.getpid()}'), step=max(steps, default=0))
+        return name or f'of process {os.getpid()}', max([row['step'] for row in read_lines(out)], default=0)
 
     def scalars(self, rows):
         with open(self.file, 'a') as f:
@@ -50,7 +48,7 @@ class Away(Lines):
 
 
 class Full(Lines):
-    def start(self, config, out, noted): raise OSError(28, 'No space left on device', str(out/'tracker.db'))
+    def start(self, config, out, name): raise OSError(28, 'No space left on device', str(out/'tracker.db'))
 
 
 def read_lines(out):
@@ -68,7 +66,7 @@ def read_trackio(out):
 def read_mlflow(out):
     rows = {}
     with sqlite3.connect(out/'mlflow.db') as db:
-        assert db.execute('select count(*) from runs').fetchone() == (1,)
+        assert db.execute('select count(distinct run_uuid) from metrics').fetchone() == (1,)
         found = db.execute('select key, value, step from metrics where run_uuid = ?', [id_of(out, 'mlflow')]).fetchall()
     assert len({(key, step) for key, _, step in found}) == len(found)   # no number twice
     for key, value, step in found:
@@ -76,36 +74,20 @@ def read_mlflow(out):
     return [rows[step] for step in sorted(rows)]
 
 
-def records_of(data):
-    "The records of a W&B file: LevelDB's log format, in blocks of 32 KiB."
-    place, part = 7, b''
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        size, kind = struct.unpack('<xxxxHB', data[place:place + 7])
-        part += data[place + 7:place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):   # whole, or the last part
-            yield part
-            part = b''
-
-
 def read_wandb(out):
     from wandb.proto.wandb_internal_pb2 import Record
     rows = []
     for file in sorted(out.glob(f'wandb/offline-run-*/run-{id_of(out, "wandb")}.wandb')):
-        for data in records_of(file.read_bytes()):
+        for data in log_records(file.read_bytes(), 7):
             record = Record.FromString(data)
             if record.HasField('history'):
                 row = {'.'.join(item.nested_key) or item.key: json.loads(item.value_json)
                        for item in record.history.item}
-                rows.append(dict(step=record.history.step.num) | row)
+                rows.append(dict(step=row['_step']) | row)
     return [row for row in rows if 'step_loss' in row]   # and not the pictures' rows
 
 
-def id_of(out, name): return json.loads((out/'trackers.json').read_text())[name]['id']
+def id_of(out, name): return json.loads((out/'trackers.json').read_text())[name]
 
 
 READERS = dict(lines=read_lines, wandb=read_wandb, trackio=read_trackio, mlflow=read_mlflow)
@@ -128,9 +110,16 @@ def name(request):
     return request.param
 
 
+def life(out, moment, **kwargs):
+    killers = moment() if moment else None
+    learn = learner('plain finetune', out, cbs=killers or [], **kwargs)
+    learn.fit_recipe()
+    if learn.find_callback('trackers'):
+        learn.trackers.finish()
+
 def end(out, moment, output, **kwargs):
     "A life of a run that is killed at a moment, or ends."
-    pid = fork(partial(live, 'plain finetune', out, out.with_suffix('.steps'), moment, **kwargs), output)
+    pid = fork(partial(life, out, moment, **kwargs), output)
     assert exit_code(pid) == (0 if moment is None else -9), output.read_text()
 
 
@@ -146,8 +135,8 @@ def whole_record(out, name):
 
 LIVES = {   # and the last one is not disturbed
     'in the second epoch': [event('before_step', 8)],
-    'row handed over and noted': [event('after_epoch', 1, 58)],
-    'handed over, not noted': [call(Trackers, 'write_notes', 2)],
+    'rows handed over': [event('after_epoch', 1, 58)],
+    'record opened, its name not written': [call(Trackers, 'write_names', 1)],
     'row of the table written, not handed over': [event('after_epoch', 2, 56), event('before_batch', 5)],
 }
 
