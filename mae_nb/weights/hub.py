@@ -20,8 +20,7 @@ from ..base.files import name_without_path, read_json, write_whole
 from ..base.tables import read_metrics
 from .building import load_classifier, load_mae
 from .convert import save_hf, save_timm
-from .loading import attention_heads
-from .loading import plain_config, save_model
+from .loading import attention_heads, plain_config, save_model
 from .reading import open_weights
 
 # %% ../../nbs/weights/07_hub.ipynb #b7437cf2
