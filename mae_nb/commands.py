@@ -36,6 +36,7 @@ def mae_pretrain(
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a masked autoencoder."
@@ -45,7 +46,7 @@ def mae_pretrain(
                                   epochs=epochs, max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers,
                                   device=device, decode=decode, in_chans=in_chans, mean=mean, std=std,
                                   parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
-                                  data_check=data_check).resolved()
+                                  data_check=data_check, log=log).resolved()
         run.out = options.out
         return pretrain(options)
 
@@ -76,6 +77,7 @@ def mae_finetune(
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Fine-tune a pretrained encoder with labels, end to end, or train a new one from scratch."
@@ -85,7 +87,7 @@ def mae_finetune(
                                   out=out, recipe=recipe, set=set, epochs=epochs, max_steps=max_steps, bs=bs,
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
                                   in_chans=in_chans, mean=mean, std=std, parallel=parallel, resume=resume,
-                                  save_every=save_every, if_full=if_full, data_check=data_check).resolved()
+                                  save_every=save_every, if_full=if_full, data_check=data_check, log=log).resolved()
         run.out = options.out
         return finetune(options)
 
@@ -115,6 +117,7 @@ def mae_probe(
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Measure what a pretrained encoder knows: frozen, or with its last blocks trained."
@@ -124,7 +127,7 @@ def mae_probe(
                                set=set, epochs=epochs, max_steps=max_steps, bs=bs, seed=seed,
                                num_workers=num_workers, device=device, decode=decode, in_chans=in_chans, mean=mean,
                                std=std, json=json, resume=resume, save_every=save_every, if_full=if_full,
-                               data_check=data_check).resolved()
+                               data_check=data_check, log=log).resolved()
         run.out = options.out
         return probe(options)
 

@@ -30,6 +30,7 @@ from ..data.loader import get_dls
 from ..model.classifier import Classifier, create_classifier
 from ..training.callbacks import DeviceMean
 from ..training.engine import TaskLearner, check_channels, run_seed
+from ..training.given import given_dls
 from ..training.learners import LabelLearner
 from ..training.optim import finetune_groups
 from ..training.recipes import FinetuneRecipe, PartialRecipe, as_config
@@ -211,7 +212,7 @@ def _check_classifier(dls, model:Classifier, recipe):
                          'create the model with that pooling, or change the recipe')
 
 def finetune_learner(
-    dls,                        # from `get_dls`, with labels
+    dls,                        # from `get_dls`, with labels, or what `given_dls` takes: a DataBlock's, a `Dataset`
     model:Classifier,           # from `classifier_from` or `create_classifier`
     recipe:FinetuneRecipe,      # how to train it; a `ScratchRecipe` for a new model
     *,
@@ -221,6 +222,7 @@ def finetune_learner(
     **kwargs,                   # of `TaskLearner`: max_steps, valid_every, save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for end-to-end fine-tuning or training from scratch (Tables 9 and 11 of the paper)."
+    dls = given_dls(dls, recipe, model.img_size, seed)
     _check_classifier(dls, model, recipe)
     groups = partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
     cbs = [DropNoise(dls.seed), *cbs]
@@ -262,6 +264,7 @@ def partial_learner(
     **kwargs,                 # of `TaskLearner`: max_steps, valid_every, save_every, keep, if_full
 ) -> TaskLearner:
     "A `Learner` for partial fine-tuning (section 4.3 of the paper): the last blocks and the head."
+    dls = given_dls(dls, recipe, model.img_size, seed)
     _check_classifier(dls, model, recipe)
     freeze_below(model, blocks)
     decay = recipe.layer_decay if blocks else 1.

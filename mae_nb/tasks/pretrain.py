@@ -31,6 +31,7 @@ from ..model.patches import patchify
 from .visualize import save_reconstructions, show_reconstructions
 from ..training.callbacks import DeviceMean
 from ..training.engine import TaskLearner, check_channels, run_seed
+from ..training.given import given_dls
 from ..training.learners import FastaiLearner
 from ..training.optim import pretrain_groups
 from ..training.recipes import PretrainRecipe, as_config, mae_options
@@ -128,7 +129,7 @@ class PretrainLearner(FastaiLearner):
                                     noise, bands=bands)
 
 def pretrain_learner(
-    dls,                         # from `get_dls`
+    dls,                         # from `get_dls`, or what `given_dls` takes: a DataBlock's, a `Dataset`
     model:MAE,                   # a masked autoencoder
     recipe:PretrainRecipe,       # how to train it
     *,
@@ -141,6 +142,7 @@ def pretrain_learner(
 ) -> PretrainLearner:
     "A `Learner` for masked pretraining (section 3 and Table 8 of the paper)."
     check_model(model, recipe)
+    dls = given_dls(dls, recipe, model.encoder.img_size, seed)
     check_channels(dls, model.encoder)
     if wrong := [m for m in metrics if not isinstance(m, DeviceMean)]:
         raise UsageError(f'{wrong[0]} needs labels, and a pretraining has none: give a DeviceMean, or no `metrics`')

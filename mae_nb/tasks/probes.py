@@ -199,8 +199,8 @@ class ProbeOptions(RunOptions):
             raise UsageError(f'`fast` has no meaning for the {self.kind} probe, only for linear')
         if self.trains:
             return
-        for name in ('epochs', 'max_steps'):
-            if getattr(self, name) is not None:
+        for name in ('epochs', 'max_steps', 'log'):
+            if getattr(self, name) not in (None, ()):
                 raise UsageError(f'`{name}` has no meaning for this probe, which trains no steps')
         if self.decode != 'cpu':
             raise UsageError(f'decode={self.decode} has no meaning for this probe, which looks at each picture once: '

@@ -30,13 +30,13 @@ from ..base.signals import StopSignals
 from .checkpoints import Checkpoints, DataCheck, Watch
 from .distributed import PARALLEL
 from .guard import Guard
-from mae_nb.training.optim import (
-    Accumulate, Schedule, WeightEMA, adamw, check_opt_func, grouped_optimizer, warmup_cosine,
-)
+from .optim import Accumulate, Schedule, WeightEMA, adamw, check_opt_func
+from .optim import grouped_optimizer, warmup_cosine
 from .progress import Pace, Progress
 from .presets import hopeless_rates
 from .recipes import as_config
 from .runs import RunWriter
+from .trackers import tracker_callbacks
 from .switches import DTYPES, apply_switches, without_recompiling
 
 # %% ../../nbs/training/12_engine.ipynb #d9291707
@@ -147,6 +147,7 @@ class TaskLearner(Learner):
         if_full:str='stop',    # or 'continue': when the disk is full
         data_check:str='sizes',  # or contents or accept: how a resumed run compares its data
         parallel:str='ddp',    # a key of `PARALLEL`: how several processes train
+        log:str|tuple=(),      # trackers besides TensorBoard: keys of `TRACKERS`
         metrics:list=(),       # `DeviceMean`s
         opt_func:Callable|None=None,  # (groups, lr) -> a torch optimizer, such as its class; AdamW if None
         cbs:list=(),           # the task's own callbacks, and yours
@@ -163,7 +164,7 @@ class TaskLearner(Learner):
                 dl.record = Path(out)/'bad_samples.csv'
         model = apply_switches(model.to(dls.device), **recipe.switches)
         own = [*_basic_callbacks(dls, model, recipe, out),
-               *_recipe_callbacks(recipe),
+               *_recipe_callbacks(recipe), *tracker_callbacks(log, out),
                *_folder_callbacks(out, save_every, keep, if_full, data_check),
                *_parallel_callbacks(parallel, recipe.accumulate)]
         if max_steps:

@@ -18,6 +18,7 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastai.metrics import F1Score, accuracy
 from fastai.optimizer import Adam, OptimWrapper
+from PIL import Image
 
 from mae_nb.base.errors import UsageError
 from mae_nb.data.datasets import load_source
@@ -283,16 +284,102 @@ def test_fastai_s_own_optimizer_is_refused_at_once(task, sets):
         MAKERS[task](sets, opt_func=Adam)
 
 
-def test_loaders_of_fastai_are_refused_in_one_line(task, sets, photos):
+# ---- a DataBlock, or a data set of PyTorch ----------------------------------------------------------------------------
+
+class Shots(torch.utils.data.Dataset):
+    "Arrays and labels, as a data set of PyTorch."
+    def __init__(self, images): self.images, self.targets, self.classes = images, images.labels, images.classes
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i): return self.images.items[i], self.targets[i]
+
+
+def of_a_data_block(sets, folder):
+    from fastai.data.block import CategoryBlock, DataBlock
+    from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
+    from fastai.vision.augment import Resize
+    from fastai.vision.core import PILImageBW
+    from fastai.vision.data import ImageBlock
+    for part, images in zip(('train', 'valid'), sets):
+        for i, (pixels, label) in enumerate(zip(images.items, images.labels)):
+            (folder/part/f'{label}').mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[..., 0]).save(folder/part/f'{label}'/f'{i}.png')
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      splitter=GrandparentSplitter(), item_tfms=Resize(28), batch_tfms=Normalize.from_stats([.3], [.35]))
+    return block.dataloaders(folder, bs=20, num_workers=0)
+
+
+def of_data_sets(sets, folder): return tuple(map(Shots, sets))
+
+
+@pytest.fixture(params=[of_a_data_block, of_data_sets])
+def given(request, task, sets, tmp_path, capsys):
+    "A learner of somebody else's data; the note about it is one line."
+    dls = request.param(sets, tmp_path/'data')
+    recipe = override(RECIPES[f'{task}_fashion'], SHORT)
+    if task == 'pretrain':
+        model, make = create_mae(NANO, target='pixels', decoder_dim=16, **TINY), pretrain_learner
+    else:
+        model, make = create_classifier(NANO, 10, **TINY), finetune_learner
+    learn = make(dls, model, recipe, seed=3, out=make_run(tmp_path/'run', {}))
+    note, = capsys.readouterr().out.splitlines()
+    assert note.startswith('note: ') and 'a resumed run gets other pixels' in note
+    assert ('batch transforms are left out' in note) == (request.param is of_a_data_block)
+    assert learn.dls.seed == 3 and learn.data_config['mean'] == ((.3,) if request.param is of_a_data_block else
+                                                                 pytest.approx((.449,), abs=1e-3))
+    return learn
+
+
+def test_a_learner_of_somebody_else_s_data_is_like_any_other(given, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answers = set()
+    for name in ('lr_find', 'summary', 'show_results', 'get_preds', 'export', 'predict', 'fine_tune', 'validate'):
+        call = CALLS[name]
+        if name == 'predict':   # an item of the data set, which is no file
+            call = lambda learn, _: learn.predict(learn.dls.valid.dataset.images.read(0))
+        if not works_or_one_line(lambda call=call: call(given, tmp_path)):
+            answers.add(name)
+    assert answers == {'pretrain': {'export', 'predict'}, 'finetune': {'export'}}[task]
+    assert len(given.dls.show_batch(max_n=4).axes) == 4
+    assert (tmp_path/'run'/'model.safetensors').is_file()
+
+
+def test_callbacks_of_fastai_on_somebody_else_s_data(given, tmp_path, monkeypatch):
+    from fastai.callback.tracker import SaveModelCallback
+    monkeypatch.chdir(tmp_path)
+    given.fit_one_cycle(2, 1e-3, cbs=[SaveModelCallback(), EarlyStoppingCallback(patience=3), CSVLogger('h.csv')])
+    assert len((tmp_path/'h.csv').read_text().splitlines()) == 3
+
+
+def test_the_same_pictures_train_the_same_model(task, sets):
+    "However the data come: an array of ours, or a data set of PyTorch."
+    if task != 'finetune':
+        pytest.skip('one task is enough')
+    train, valid = sets
+    learners = []
+    for make in (lambda recipe: get_dls(sets, recipe, img_size=28), lambda recipe: (Shots(train), Shots(valid))):
+        torch.manual_seed(0)
+        recipe = override(RECIPES['finetune_fashion'], SHORT)
+        learn = finetune_learner(make(recipe), create_classifier(NANO, 10, **TINY), recipe)
+        for loader in learn.dls.loaders:   # only our own set knows its mean
+            loader.dataset.images.mean, loader.dataset.images.std = train.mean, train.std
+        learn.standardize.mean, learn.standardize.std = torch.tensor(train.mean), torch.tensor(train.std)
+        learn.fit(1, 1e-3)
+        learners.append(learn)
+    assert same(*map(weights, learners))
+
+
+def test_what_is_no_data_is_refused_in_one_line(task, photos):
     from fastai.vision.augment import Resize
     from fastai.vision.data import ImageDataLoaders
-    dls = ImageDataLoaders.from_folder(photos, valid_pct=.2, item_tfms=Resize(28), bs=4, num_workers=0)
     recipe = RECIPES[f'{task}_fashion']
-    with pytest.raises(UsageError, match='the learner needs loaders from get_dls'):
-        if task == 'pretrain':
-            pretrain_learner(dls, create_mae(NANO, target='pixels', decoder_dim=16, **TINY), recipe)
-        else:
-            finetune_learner(dls, create_classifier(NANO, 10, **TINY), recipe)
+    dls = ImageDataLoaders.from_folder(photos, valid_pct=.2, item_tfms=Resize(28), bs=4, num_workers=0)
+    model = create_mae(NANO, target='pixels', decoder_dim=16, **TINY) if task == 'pretrain' else create_classifier(
+        NANO, 10, **TINY)
+    make = pretrain_learner if task == 'pretrain' else finetune_learner
+    for wrong, text in ((dls, 'has images of 3 channels and the model takes 1'), ([1], 'got list'),
+                        (torch.utils.data.DataLoader([1]), 'got DataLoader')):
+        with pytest.raises(UsageError, match=text):
+            make(wrong, model, recipe)
 
 
 def test_batches_can_be_looked_at(learn):
