@@ -65,12 +65,16 @@ PUBLIC = {   # module -> its public names
     'tasks.evaluate': 'EvalOptions evaluate',
     'tasks.embed': 'EmbedOptions embed read_embeddings',
     'tasks.neighbours': 'NeighbourOptions neighbours',
+    'tasks.masks': 'MaskSet open_masks',
+    'tasks.segmenters': 'load_segmenter segmenter_from',
+    'tasks.segment': 'SegmentOptions segment_learner segment',
+    'tasks.detect': 'detector',
     'tasks.widgets': 'explore_masking explore_shuffle explore_reconstruction explore_attention explore_neighbours',
     'measure.bench': 'random_images',
     'measure.plan': 'DATASETS fit_batch make_plan',
     'commands': '''mae_demo mae_pretrain mae_finetune mae_probe mae_replay mae_show mae_convert mae_pack mae_bench
                    mae_plan mae_check mae_study''',
-    'model_commands': 'mae_eval mae_embed mae_neighbours',
+    'model_commands': 'mae_eval mae_embed mae_neighbours mae_segment',
 }
 _homes = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = list(_homes)   # nbdev lists only what a notebook defines itself
