@@ -14,6 +14,7 @@ from mae_nb.data.datasets import load_source
 from mae_nb.tasks.demo import DEMOS, compare_features
 from mae_nb.weights.building import load_mae
 
+
 def parse(words):
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,12 +23,13 @@ def measure_here(model, bs, version):
     import torch
 
     from mae_nb.base.devices import memory_gib
+    from mae_nb.base.errors import require
     from mae_nb.measure.pairs import train_step, transformers_twin
     from mae_nb.model.mae import create_mae
 
     twin, options = VERSIONS[version]
     if twin:
-        import transformers.models.vit_mae.modeling_vit_mae   # noqa: F401: its code is no part of the step
+        require('transformers.models.vit_mae.modeling_vit_mae')   # its code is no part of the step
     cpu = torch.device('cpu')
     before = memory_gib(cpu)
     ours = create_mae(model)
