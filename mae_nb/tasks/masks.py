@@ -95,7 +95,7 @@ class MaskSet(ImageSet):
     @property
     def companions(self) -> list:
         in_memory = isinstance(self.masks, np.ndarray)
-        name = f'{self.name}/masks' if in_memory else str(Path(self.masks[0]).parent)
+        name = f'{self.name}/masks' if in_memory else os.path.commonpath([Path(m).parent for m in self.masks])
         return [ImageSet(name, [m.tobytes() for m in self.masks] if in_memory else list(self.masks))]
 
 def size_error(
@@ -282,7 +282,7 @@ def _check_two_classes(counts:np.ndarray, table:np.ndarray, folder:Path):
 
 # %% ../../nbs/tasks/24_masks.ipynb #fbc7a52c
 def _read_parts(folder:Path) -> dict:
-    "Part -> its pictures, masks, notes and counts of labels."
+    "Part -> its folder, pictures, masks, notes and counts of labels."
     if not folder.is_dir():
         raise no_folder(folder)
     beside = [name for name in MASK_FOLDERS if (folder/name).is_dir()]
@@ -293,7 +293,8 @@ def _read_parts(folder:Path) -> dict:
     parts, notes = split_folders(images)
     parts = parts or dict(train=images)
     files = {part: pair_files(place, masks/place.relative_to(images)) for part, place in parts.items()}
-    return {part: (pictures, paths, [*notes, *more] if part == 'train' else more, count_labels(pictures, paths))
+    return {part: (parts[part], pictures, paths, [*notes, *more] if part == 'train' else more,
+                   count_labels(pictures, paths))
             for part, (pictures, paths, more) in files.items()}
 
 def _first_reads(folder:Path) -> dict:
@@ -316,7 +317,7 @@ def open_masks(
     "A folder of pictures and masks; each mask is read and checked, and notes are printed."
     folder, table, sets = Path(folder), number_table(ignore), {}
     parts, names = _first_reads(folder), read_class_names(folder)
-    for part, (pictures, masks, notes, counts) in parts.items():
+    for part, (place, pictures, masks, notes, counts) in parts.items():
         names = _check_numbers(counts, masks, table, names, str(folder))
         if part == 'train':
             _check_two_classes(counts, table, folder)
@@ -324,8 +325,7 @@ def open_masks(
             if empty:
                 notes = [*notes, f'{folder}: no training mask has {", ".join(names[i] for i in sorted(empty)[:5])}'
                                  f'{", ..." * (len(empty) > 5)}']
-        place = str(pictures[0].parent) if len(parts) > 1 else str(folder/'images')
-        sets[part] = MaskSet(place, pictures, classes=names, notes=notes, masks=masks, table=table)
+        sets[part] = MaskSet(str(place), pictures, classes=names, notes=notes, masks=masks, table=table)
     for images in sets.values():
         for note in images.notes:
             print_once(f'note: {note}')
