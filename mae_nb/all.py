@@ -38,6 +38,7 @@ PUBLIC = {   # module -> its public names
     'weights.export': 'export_model',
     'training.recipes': '''Recipe PretrainRecipe FinetuneRecipe ScratchRecipe LinearRecipe PartialRecipe AttentiveRecipe
                            KnnRecipe override mae_options as_config from_config''',
+    'training.segment_recipes': 'SegmentRecipe',
     'training.presets': 'RECIPES default_model default_recipe show_recipe',
     'training.optim': 'adamw lars warmup_cosine Schedule Accumulate WeightEMA',
     'training.state': 'newest_checkpoint',
