@@ -110,7 +110,7 @@ def test_text_has_at_least_eight_points():
     assert small - listed(DUE_SIZES) == set()
 
 
-@pytest.mark.parametrize('name', ['tasks/29_explorer', 'tasks/29_widgets', 'course/playground'])
+@pytest.mark.parametrize('name', ['tasks/28_explorer', 'tasks/29_widgets', 'course/playground'])
 def test_pictures_of_the_widgets_have_a_text(name):
     cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
     drawn = [c for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
