@@ -11,7 +11,7 @@ import pytest
 from support import ROOT
 
 CHAPTERS = [ROOT/'nbs'/name for name in (
-    'tasks/29_explorer.ipynb', 'tasks/29_widgets.ipynb', 'course/playground.ipynb')]
+    'tasks/28b_explorer.ipynb', 'tasks/29_widgets.ipynb', 'course/playground.ipynb')]
 NAMES = 'explore_masking', 'explore_shuffle', 'explore_reconstruction', 'explore_attention', 'explore_neighbours'
 WITHOUT = '''
 import sys

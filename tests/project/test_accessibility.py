@@ -1,0 +1,117 @@
+"""Colours that survive colour blindness, text of at least 8 points, and pictures with a text, in every notebook.
+
+The three kinds of colour blindness are simulated (Machado 2009, full severity, by colorspacious). A distance is that of
+CAM02-UCS, in which 1 is about the smallest difference that anybody sees."""
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from support import ROOT
+
+from mae_nb.tasks.visualize import HIDDEN_COLOUR
+
+colorspacious = pytest.importorskip('colorspacious', reason='pip install colorspacious')
+KINDS = None, 'protanomaly', 'deuteranomaly', 'tritanomaly'   # None: all three cones
+APART = 10          # colours that must be told apart in a picture
+NOTEBOOKS = sorted(f for folder in ('nbs', 'tutorials') for f in (ROOT/folder).rglob('*.ipynb')
+                   if '.ipynb_checkpoints' not in f.parts)
+# What is not yet as it should be, by notebook and cell: a new case fails; take a case away when it is cured.
+DUE_COLOURS = {'nbs/base/08_tables.ipynb': 'f708d3f7', 'nbs/base/09_signals.ipynb': '8863f12e',
+               'nbs/training/13_familiar.ipynb': '34df3c19'}   # green beside red
+DUE_MAPS = {'nbs/weights/06_convert.ipynb'}   # RdYlGn
+DUE_SIZES = {
+    'nbs/data/04_datasets.ipynb': '4b562349',
+    'nbs/data/05_check.ipynb': 'c4ec0003',
+    'nbs/measure/00_pairs.ipynb': '7168de70 5beed071',
+    'nbs/model/09_classifier.ipynb': '3018cd06',
+    'nbs/model/10_costs.ipynb': '5beed025',
+    'nbs/tasks/04_features.ipynb': 'cf07c01a',
+    'nbs/tasks/10_patch_rivals.ipynb': '313d6bfd',
+    'nbs/tasks/11_view_rivals.ipynb': 'c6e4dcc7',
+    'nbs/tasks/12_rival_recipes.ipynb': '0de5a0e5',
+    'nbs/tasks/13_rivals.ipynb': '0b77c5d4',
+    'nbs/tasks/23_neighbours.ipynb': 'f4dbc322 9d321aac',
+    'nbs/training/03_optim.ipynb': '333e539b'}
+
+
+def seen(colour, kind):
+    "A colour (r, g, b) in [0, 1] as somebody sees it who lacks one kind of cones."
+    if kind is None:
+        return np.asarray(colour)
+    space = dict(name='sRGB1+CVD', cvd_type=kind, severity=100)
+    return np.clip(colorspacious.cspace_convert(np.asarray(colour), space, 'sRGB1'), 0, 1)
+
+
+def distance(first, second):
+    "The smallest distance of two colours over all kinds of sight."
+    pairs = [(seen(to_rgb(first), kind), seen(to_rgb(second), kind)) for kind in KINDS]
+    return min(float(colorspacious.deltaE(*pair)) for pair in pairs)
+
+
+def code_cells():
+    for file in NOTEBOOKS:
+        for cell in json.loads(file.read_text())['cells']:
+            if cell['cell_type'] == 'code':
+                yield str(file.relative_to(ROOT)), cell, ''.join(cell['source'])
+
+
+def listed(due):
+    "The cells of a list of what is due."
+    return {f'{file} {cell}' for file, cells in due.items() for cell in cells.split()}
+
+
+def test_the_simulation_confuses_what_is_known_to_be_confused():
+    assert distance('C2', 'C3') < APART < distance('C0', 'C1')        # matplotlib's green and red; blue and orange
+    assert distance((1, 0, 0), (0, .45, 0)) < .3 * float(colorspacious.deltaE((1, 0, 0), (0, .45, 0)))
+
+
+def test_hidden_patches_are_told_from_any_other_colour_beside_them():
+    for other in ('white', 'black', '0.5', '0.75', 'C1'):
+        assert distance(HIDDEN_COLOUR, other) > APART, other
+
+
+def test_colours_that_one_cell_names_can_be_told_apart():
+    confused = {}
+    for file, cell, text in code_cells():
+        names = sorted(set(re.findall(r"""['"](C\d)['"]""", text)))
+        pairs = [pair for pair in itertools.combinations(names, 2) if distance(*pair) < APART]
+        if pairs:
+            confused[f'{file} {cell["id"]}'] = pairs
+    assert {place: pairs for place, pairs in confused.items() if place not in listed(DUE_COLOURS)} == {}
+
+
+def ends_and_steps(name):
+    "The smallest distance of a colour map's ends, and of any two of nine colours of it, over all kinds of sight."
+    colours = colormaps[name](np.linspace(.02, .98, 9))[:, :3]
+    return distance(colours[0], colours[-1]), min(distance(*pair) for pair in itertools.combinations(colours, 2))
+
+
+def test_colour_maps_keep_their_order():
+    "Those of the notebooks with a scale; a label's colour is not one."
+    used = {}
+    for file, _, text in code_cells():
+        for name in re.findall(r"""cmap=['"](\w+)['"]""", text):
+            used.setdefault(name, set()).add(file)
+    bad = set()
+    for name in used.keys() - {'Pastel1', 'tab10', 'tab20'}:
+        ends, step = ends_and_steps(name)
+        if ends < 2 * APART or step < 3:
+            bad |= used[name]
+    assert bad - DUE_MAPS == set() and len(used) >= 8
+
+
+def test_text_has_at_least_eight_points():
+    small = {f'{file} {cell["id"]}' for file, cell, text in code_cells()
+             if re.search(r'(?:font|label)size=[1-7]\b(?!\.?\d)', text)}
+    assert small - listed(DUE_SIZES) == set()
+
+
+@pytest.mark.parametrize('name', ['tasks/28b_explorer', 'tasks/29_widgets', 'course/playground'])
+def test_pictures_of_the_widgets_have_a_text(name):
+    cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
+    drawn = [c for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
+    assert drawn and [c['id'] for c in drawn if not ''.join(c['source']).startswith('#| fig-alt: >\n')] == []
