@@ -29,7 +29,7 @@ def store_errors(
     except (FileNotFoundError, UsageError, StoreError):
         raise
     except Exception as e:
-        what = one_line(e.__cause__ or e)
+        what = one_line(e.__cause__ if str(e.__cause__ or '') else e)   # a timeout has a cause without words
         if isinstance(e, PermissionError) or 'Credentials' in type(e).__name__:
             raise UsageError(f'{address} may not be used: {what}: check the credentials') from e
         if disk_is_full(e):   # of a copy

@@ -1,11 +1,12 @@
 """SIGKILLs at random moments of every command that can resume: `python tests/training/kills.py --kills 150`.
 
 A run is killed once or more often, each time at a moment drawn from the seed: one in five in the first tenth of what
-is left of it, one in five at its end, the others anywhere. The last life runs to its end. Then the whole run must equal
-the one that nobody disturbed: checkpoints with the optimizer's state, tables, weights, shards, features.
+is left of it, one in five at its end, the others anywhere. Moments are counted in processor seconds of the first
+process, so that they are spread over the run on a busy machine, too. The last life runs to its end. Then the whole run
+must equal the one that nobody disturbed: checkpoints with the optimizer's state, tables, weights, shards, features.
 Each life must begin at the step that the newest checkpoint holds. One row for each kill:
 
-seconds    the moment, after the life's start
+seconds    the moment, in processor seconds of the life
 reached    steps (shards, parts of features) that were done at the kill, in the order of the undisturbed run
 saved      of these, what the disk held
 resumed    where the next life began
@@ -59,6 +60,8 @@ from mae_nb.training.recipes import override
 from mae_nb.training.state import newest_checkpoint, same_bits
 from mae_nb.weights.loading import save_model
 
+PATIENCE = 3600   # seconds of a life that is not killed, on a machine that is busy
+
 
 def note(log, *words):
     "Append a line to a file."
@@ -67,6 +70,23 @@ def note(log, *words):
 
 
 def noted(log): return log.read_text().splitlines() if log.exists() else []
+
+
+def work_for(seconds):
+    "Keep the processor busy."
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def processor_seconds(pid):
+    "What a process has used so far; None when it is over."
+    try:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return None
+    used = (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+    return None if fields[0] in 'ZX' else used
 
 
 # ---- what a life notes, and what the disk holds --------------------------------------------------------------------
@@ -96,7 +116,7 @@ def note_shards(place, log):
     plain, write, calls = shards.reencode, shards._write_index, []
 
     def slow(raw, **options):
-        time.sleep(.004)
+        work_for(.004)
         return plain(raw, **options)
 
     def written(out, index):
@@ -119,7 +139,7 @@ def note_parts(place, log):
     def written(self, number, features):
         plain(self, number, features)
         note(log, number)
-        time.sleep(.02)
+        work_for(.02)
 
     embed.Parts.write = written
 
@@ -152,8 +172,13 @@ class Kind:
                                   MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
             os.chdir(place)
             self.watch(place, log)
-            with process_group():
-                self.live(place, self.workers)
+            begin = time.process_time()
+            try:
+                with process_group():
+                    self.live(place, self.workers)
+            finally:
+                if number == 0:
+                    note(log.with_suffix('.seconds'), time.process_time() - begin)
 
         return [fork(partial(live, r), log.with_suffix(f'.out{r}')) for r in range(self.processes)]
 
@@ -268,16 +293,16 @@ class Straight:
     "The run that nobody disturbed."
     place: Path
     notes: list      # its steps
-    seconds: float   # that it took
+    seconds: float   # of the processor, of its first process
 
 
 def undisturbed(kind, folder):
-    log, start = folder/'straight.log', time.time()
-    codes = wait_for(kind.start(folder/'straight', log), 300)
+    log = folder/'straight.log'
+    codes = wait_for(kind.start(folder/'straight', log), PATIENCE)
     assert codes == [0] * kind.processes, outputs(log)
     notes = noted(log)
     assert len(notes) == len(set(notes)) > 3, notes
-    return Straight(folder/'straight', notes, time.time() - start)
+    return Straight(folder/'straight', notes, float(noted(log.with_suffix('.seconds'))[0]))
 
 
 def outputs(log): return ''.join(f.read_text() for f in sorted(log.parent.glob(f'{log.stem}.out*')))
@@ -297,7 +322,10 @@ def draw_moment(draw, expected):
 
 def cut_life(kind, pids, moment, draw, log):
     "Kill a life at its moment: who was killed, or None if it was over by then."
-    time.sleep(moment)
+    used = 0.
+    while used is not None and used < moment:
+        time.sleep(.002)
+        used = processor_seconds(pids[0])
     victims = draw.choice(([0], [1], [0, 1])) if kind.processes > 1 else [0]
     for i in victims:
         os.kill(pids[i], signal.SIGKILL)
@@ -347,7 +375,7 @@ class Campaign:
             last = life == lives
             if last:
                 zone, moment, victims = '', 0., []
-                codes = wait_for(pids, 300)
+                codes = wait_for(pids, PATIENCE)
                 fault = fault or ('' if is_finished(codes, log) else f'exit codes {codes}: {outputs(log)[-500:]}')
             else:
                 zone, moment = draw_moment(draw, expected)
