@@ -225,8 +225,7 @@ def finetune_learner(
     dls = given_dls(dls, recipe, model.img_size, seed)
     _check_classifier(dls, model, recipe)
     groups = partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
-    cbs = [DropNoise(dls.seed), *cbs]
-    return label_learner(dls, model, recipe, groups, seed=seed, out=out, cbs=cbs, **kwargs)
+    return label_learner(dls, model, recipe, groups, seed=seed, out=out, cbs=[DropNoise(dls.seed), *cbs], **kwargs)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #b25a0026
 def freeze_below(
@@ -267,10 +266,8 @@ def partial_learner(
     dls = given_dls(dls, recipe, model.img_size, seed)
     _check_classifier(dls, model, recipe)
     freeze_below(model, blocks)
-    decay = recipe.layer_decay if blocks else 1.
-    groups = partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=decay)
-    cbs = [DropNoise(dls.seed), *cbs]
-    return label_learner(dls, model, recipe, groups, seed=seed, out=out, cbs=cbs, **kwargs)
+    groups = partial(finetune_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay if blocks else 1)
+    return label_learner(dls, model, recipe, groups, seed=seed, out=out, cbs=[DropNoise(dls.seed), *cbs], **kwargs)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #f34c0e65
 def finetune_run(

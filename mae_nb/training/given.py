@@ -110,7 +110,8 @@ def _fastai_set(dl, name:str) -> GivenImages:
         raise UsageError(f'{name} holds no images of a DataBlock: {type(data).__name__}')
     for transform in dl.after_batch.fs:
         if type(transform).__name__ == 'Normalize':
-            mean, std = (getattr(transform, part).flatten().tolist() for part in ('mean', 'std'))
+            parts = (getattr(transform, part).flatten().tolist() for part in ('mean', 'std'))
+            mean, std = ([round(number, 6) for number in part] for part in parts)   # they were float32
     items = [Path(item) if isinstance(item, (str, Path)) and Path(item).is_file() else b'' for item in data.items]
     labels, classes = None, []
     if len(data.tls) > 1:

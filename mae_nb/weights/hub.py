@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..base.errors import MissingFile, UsageError, one_line, require
+from ..base.errors import MissingFile, UsageError, require
 from ..base.files import name_without_path, read_json, write_whole
 from ..base.tables import read_metrics
 from .building import load_classifier, load_mae
@@ -256,5 +256,6 @@ def push_run(
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='A run of mae_nb'))
         except Exception as e:   # of the hub, the network or httpx
-            raise OSError(f'{repo_id} was not uploaded: {one_line(e)[:200]}; push it again: '
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise OSError(f'{repo_id} was not uploaded: {reason[:200]}; push it again: '
                           'what has arrived is not sent twice') from e

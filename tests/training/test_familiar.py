@@ -284,7 +284,7 @@ def test_fastai_s_own_optimizer_is_refused_at_once(task, sets):
         MAKERS[task](sets, opt_func=Adam)
 
 
-# ---- a DataBlock, or a data set of PyTorch ----------------------------------------------------------------------------
+# ---- a DataBlock, or a data set of PyTorch --------------------------------------------------------------------------
 
 class Shots(torch.utils.data.Dataset):
     "Arrays and labels, as a data set of PyTorch."
@@ -303,8 +303,9 @@ def of_a_data_block(sets, folder):
         for i, (pixels, label) in enumerate(zip(images.items, images.labels)):
             (folder/part/f'{label}').mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[..., 0]).save(folder/part/f'{label}'/f'{i}.png')
+    normalize = Normalize.from_stats([.3], [.35], cuda=False)
     block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=get_image_files, get_y=parent_label,
-                      splitter=GrandparentSplitter(), item_tfms=Resize(28), batch_tfms=Normalize.from_stats([.3], [.35]))
+                      splitter=GrandparentSplitter(), item_tfms=Resize(28), batch_tfms=normalize)
     return block.dataloaders(folder, bs=20, num_workers=0)
 
 

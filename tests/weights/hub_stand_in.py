@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -70,7 +71,8 @@ class Answers(BaseHTTPRequestHandler):
 
     def commit_files(self, name, body):
         if name == 'me/cut':   # the connection breaks
-            return self.connection.close()
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         files = self.server.repositories[name]
         for line in map(json.loads, body.splitlines()):
             value = line['value']
