@@ -6,23 +6,26 @@
 __all__ = ['to_grey', 'with_channels', 'load_labelled']
 
 # %% ../../nbs/data/05_channels.ipynb #3dff846f
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ..base.errors import UsageError
+from ..base.errors import MissingPackage, UsageError, one_line
 from ..base.names import check_ranges
-from .datasets import ImageSet, load_source, split_labelled
+from .bands import read_picture
+from .datasets import load_source, split_labelled
+from .image_set import ImageSet
 
 # %% ../../nbs/data/05_channels.ipynb #8b2cd5b3
 _BRIGHTNESS = np.array([19595, 38470, 7471])   # of red, green and blue, in 65536ths, as PIL has them
 
 def to_grey(
-    pixels:np.ndarray,  # (..., 3), uint8
-) -> np.ndarray:        # (..., 1), uint8
+    pixels:np.ndarray,  # (..., 3), uint8 or uint16
+) -> np.ndarray:        # (..., 1), of the same kind
     "Colours as PIL makes them grey."
-    return ((pixels @ _BRIGHTNESS + 32768) >> 16).astype(np.uint8)[..., None]
+    return ((pixels @ _BRIGHTNESS + 32768) >> 16).astype(pixels.dtype)[..., None]
 
 def _other_channels(items:np.ndarray, in_chans:int) -> np.ndarray:
     "Images (n, h, w, c) with one channel or with three, some thousand at a time."
@@ -43,17 +46,18 @@ def _fitting(values:tuple, in_chans:int) -> tuple:
 # %% ../../nbs/data/05_channels.ipynb #667c28d3
 def with_channels(
     sets:tuple,                # (training, validation) `ImageSet`s; the second may be None
-    in_chans:int|None=None,    # 1: grey, or 3: red, green and blue; the sets' own if None
+    in_chans:int|None=None,    # 1: grey, 3: red, green and blue, or all bands of files that have so many
     mean:tuple|float|None=None,  # of pixels in [0, 1], a number for all channels or one for each; the sets' own if None
     std:tuple|float|None=None,   # the same for the deviation
+    bits:int|None=None,        # of a channel, 8 or 16, which are read as they are; the sets' own if None
 ) -> tuple:                    # the same sets where nothing is asked for
-    "Sets whose images have other channels, or are standardised by other numbers."
+    "Sets whose images have other channels or bits, or are standardised by other numbers."
     check_ranges(in_chans=in_chans, mean=mean, std=std)
-    if in_chans not in (None, 1, 3):
-        raise UsageError(f'`in_chans` must be 1 or 3, got {in_chans}: images are read as grey or as colour')
-    if (in_chans, mean, std) == (None, None, None):
+    if bits not in (None, 8, 16):
+        raise UsageError(f'`bits` must be 8 or 16, got {bits}')
+    if (in_chans, mean, std, bits) == (None,) * 4:
         return sets
-    return tuple(None if images is None else _changed(images, in_chans, mean, std) for images in sets)
+    return tuple(None if images is None else _changed(images, in_chans, mean, std, bits) for images in sets)
 
 def load_labelled(
     source:str|Path,   # as for `load_source`
@@ -69,19 +73,42 @@ def load_labelled(
                          'put the images of each class into a folder of its own')
     return split_labelled(sets, seed, version)
 
-def _changed(images:ImageSet, in_chans:int|None, mean, std) -> ImageSet:
-    "One set of `with_channels`."
-    in_chans, statistics = in_chans or images.in_chans, {}
+def _check_possible(images:ImageSet, in_chans:int, bits:int):
+    "Raise where images cannot have so many channels or bits."
+    if images.in_memory and in_chans not in (1, 3, images.in_chans):
+        raise UsageError(f'`in_chans` must be 1 or 3, got {in_chans}: images are read as grey or as colour')
     if images.in_chans not in (1, 3) and in_chans != images.in_chans:
         raise UsageError(f'{images.name} has {images.in_chans} channels, and only 1 or 3 can be made {in_chans}')
-    for name, given in (('mean', mean), ('std', std)):
+    if bits != images.bits and (images.in_memory or images.bits == 16):
+        raise UsageError(f'{images.name} has {images.bits} bits a channel, and {bits} are wanted: leave `bits` out')
+    reasons = []
+    for i in range(min(5, len(images)) if not images.in_memory and (bits == 16 or in_chans not in (1, 3)) else 0):
+        try:
+            read_picture(io.BytesIO(images.data(i)), in_chans, bits=bits)
+            return
+        except MissingPackage:
+            raise
+        except Exception as e:
+            reasons.append(f'{images.place(i)}: {one_line(e)}')
+    if reasons:
+        raise UsageError(reasons[0])
+
+def _changed(images:ImageSet, in_chans:int|None, mean, std, bits:int|None) -> ImageSet:
+    "One set of `with_channels`."
+    in_chans, bits, statistics = in_chans or images.in_chans, bits or images.bits, {}
+    _check_possible(images, in_chans, bits)
+    is_plain = in_chans in (1, 3) and bits == 8
+    is_other = (in_chans, bits) != (images.in_chans, images.bits) and not (is_plain and images.is_plain)
+    for name, given, unknown in (('mean', mean, .5), ('std', std, .25)):
         if given is None:
-            values = getattr(images, name)
+            values = (unknown,) * in_chans if is_other and not images.in_memory else getattr(images, name)
         else:
-            values = given if isinstance(given, tuple) else (given,)
+            values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
             if len(values) not in (1, in_chans):
                 raise UsageError(f'`{name}` has {len(values)} numbers and the images have {in_chans} channels: '
                                  'give one for each channel, or one for all')
         statistics[name] = _fitting(values, in_chans)
     items = _other_channels(images.items, in_chans) if images.in_memory else images.items
-    return replace(images, items=items, **statistics)
+    both_given = mean is not None and std is not None
+    has_stats = both_given or images.has_stats and (images.in_memory or not is_other)
+    return replace(images, items=items, bits=bits, has_stats=has_stats, **statistics)

@@ -322,12 +322,12 @@ def _numbered(texts:list, classes:Sequence, place:Callable) -> tuple[np.ndarray,
 
 # %% ../../nbs/data/00_inventory.ipynb #b0745b6b
 def check_pixels(
-    items:np.ndarray,  # images (n, h, w, c), uint8
+    items:np.ndarray,  # images (n, h, w, c), uint8 or uint16
     channels:int,      # c
 ):
     "Raise a clear error if an array is not that of images."
     wanted = f'an array (n, h, w, {channels}) of uint8'
-    if items.dtype != np.uint8:
+    if items.dtype not in (np.uint8, np.uint16):
         advice = ': multiply by 255, round and cast' if items.dtype.kind == 'f' else ''
         raise UsageError(f'images must be {wanted}, got {items.dtype}{advice}')
     if items.ndim != 4 or items.shape[-1] != channels:

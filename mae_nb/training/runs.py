@@ -27,6 +27,7 @@ from ..base.processes import broadcast_value, rank
 from ..base.settings import setting
 from ..base.signals import hide_errors_of
 from ..base.tables import add_row, plot_metrics, read_metrics, start_table
+from ..data.stats import with_kept_stats
 from .presets import default_model, default_recipe, pick_recipe, recipe_from_flags
 from .recipes import Recipe
 from ..weights.loading import save_model
@@ -206,9 +207,8 @@ def write_json(
             write_whole(file, json.dumps(result, indent=1) + '\n')
 
 # %% ../../nbs/training/11_runs.ipynb #2600b002
-# options that leave a run what it is
-FREE = 'num_workers', 'device', 'parallel', 'save_every', 'if_full', 'data_check', 'json', 'jobs'
-IMAGES = 'in_chans', 'mean', 'std'   # named in `config.json` only where they are given
+FREE = tuple('num_workers device parallel save_every if_full data_check json jobs bands'.split())   # change no run
+IMAGES = 'in_chans', 'mean', 'std', 'bits'   # named in `config.json` only where they are given
 COMMANDS = dict(pretrain='mae-pretrain', finetune='mae-finetune', linear='mae-probe', partial='mae-probe',
                 attentive='mae-probe', knn='mae-probe', study='mae-study')   # task in `config.json` -> its command
 
@@ -236,9 +236,10 @@ class RunOptions:
     num_workers:int=None  # processes that read images; by default one a core for files, none for data in memory
     device:str=None       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu'      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
-    in_chans:int=None     # of images and weights: 1, grey, or 3; by default the images' own
+    in_chans:int=None     # of images and weights: 1, grey, 3, or all bands of the files; by default the images' own
     mean:tuple=None       # of pixels in [0, 1], one for all channels or one each; by default the data set's own
     std:tuple=None        # the same for the deviation
+    bits:int=None         # of a channel: 8, or 16, read as they are; by default the images' own
     parallel:str='ddp'    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500    # optimizer steps from one checkpoint to the next; one more at each epoch's end
@@ -271,8 +272,7 @@ class RunOptions:
 
     def learner_options(self) -> dict:
         "What a `TaskLearner` takes from here."
-        names = 'max_steps', 'save_every', 'if_full', 'data_check', 'parallel'
-        return {name: getattr(self, name) for name in names}
+        return {k: getattr(self, k) for k in ('max_steps', 'save_every', 'if_full', 'data_check', 'parallel')}
 
     @property
     def image_options(self) -> dict:
@@ -297,8 +297,8 @@ class RunOptions:
                 raise UsageError('resume=auto needs `out`, the run folder to make or to resume')
             if self.data is None:
                 raise UsageError('name a data set or a folder of images, or resume=RUN')
-            begun = self.resume and hasattr(self, 'split') and (Path(self.out)/'config.json').is_file()
-            return replace(self, split=begun_options(self.out, type(self)).split) if begun else self
+            begun = self.resume and (Path(self.out)/'config.json').is_file()
+            return with_kept_stats(self, begun_options(self.out, type(self)) if begun else None)
         begun = begun_options(self.resume, type(self))
         changed = [f.name for f in fields(self) if f.name != 'resume' and getattr(self, f.name) != f.default]
         for name in [n for n in changed if n not in FREE]:
