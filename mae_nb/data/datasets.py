@@ -29,8 +29,10 @@ from .formats import image_endings, is_image
 from .image_set import ImageSet
 from .images import error_text, read_image
 from .inventory import split_folders, take_inventory
+from .named import URL_SETS, set_folder, stl10
 from .shards import INDEX, open_pack
 from .stats import STATS, read_stats
+from .webdataset import webdataset_parts, webdataset_tars
 
 # %% ../../nbs/data/04_datasets.ipynb #53c7374f
 def fashion() -> tuple[ImageSet, ImageSet]:  # training set of 10,000 and test set of 2,000
@@ -138,8 +140,11 @@ def folder_set(
 
 def _endings(folder:Path) -> frozenset:
     "The endings of a folder's images: those of pictures, and .npy only where there are no others."
-    has_pictures = any(is_image(name) for _, _, names in os.walk(folder) for name in names)
-    return image_endings() if has_pictures else image_endings() | {'.npy'}
+    return image_endings() if _has_pictures(folder) else image_endings() | {'.npy'}
+
+def _has_pictures(folder:Path) -> bool:
+    "Whether there is a picture in a folder or below it."
+    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 def as_found(
     images:ImageSet,  # of files, taken for grey or colour pictures
@@ -181,12 +186,14 @@ def encoded_parts(
     source:str|Path,         # a folder, or an address in an object store
     in_order:bool=False,     # whether images will be read from first to last
 ) -> dict[str, Part]|None:   # train and, optionally, val; None if it is a folder of plain image files
-    "The parts of a packed folder, of ImageNet's tars or of parquet files."
+    "The parts of a packed folder, of ImageNet's tars, of webdataset's, or of parquet files."
     if is_remote(source) or (Path(source)/INDEX).is_file():
         return open_pack(source)
     folder = Path(source)
     if (folder/TRAIN_TAR).is_file():
         return ilsvrc_parts(folder)
+    if webdataset_tars(folder) and not _has_pictures(folder):
+        return webdataset_parts(folder)
     if not parquet_files(folder):
         return None
     if not in_order:
@@ -195,14 +202,17 @@ def encoded_parts(
     return parquet_parts(folder)
 
 # %% ../../nbs/data/04_datasets.ipynb #42df92d1
-SOURCES = {'fashion': fashion, 'cifar10': cifar10}   # data sets by name
+SOURCES = {'fashion': fashion, 'cifar10': cifar10, 'stl10': stl10}   # data sets by name, held in memory
 
 def read_source(
-    source:str|Path,  # a key of `SOURCES`; a folder of images, packed, or of ImageNet's tars; a packed folder's address
+    source:str|Path,  # a key of `SOURCES` or `URL_SETS`; a folder of images, packed, or of tars; a tar; an address
 ) -> tuple[ImageSet, ImageSet|None]:  # training set, and validation set if the source has one
     "A data set by name, from a folder, or from an object store; nothing is printed."
     if str(source) in SOURCES:
         return SOURCES[str(source)]()
+    if str(source) in URL_SETS:
+        named, folder = URL_SETS[str(source)], set_folder(str(source))
+        return with_stats(named.read(str(source), folder) if named.read else folder_sets(folder), folder)
     if parts := encoded_parts(source):
         if 'train' not in parts:
             raise UsageError(f'{source} has only {", ".join(parts)} images and none to train with: pack both')
@@ -213,7 +223,7 @@ def read_source(
         return with_stats((sets['train'], sets.get('val')), source)
     if Path(source).is_dir():
         return with_stats(folder_sets(source), source)
-    raise no_folder(source, SOURCES)
+    raise no_folder(source, [*SOURCES, *URL_SETS])
 
 def with_stats(
     sets:tuple,       # (training, validation) `ImageSet`s; the second may be None
