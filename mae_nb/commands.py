@@ -88,7 +88,8 @@ def mae_finetune(
                                   out=out, recipe=recipe, set=set, epochs=epochs, max_steps=max_steps, bs=bs,
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
                                   in_chans=in_chans, mean=mean, std=std, bits=bits, parallel=parallel,
-                                  resume=resume, save_every=save_every, if_full=if_full, data_check=data_check).resolved()
+                                  resume=resume, save_every=save_every, if_full=if_full,
+                                  data_check=data_check).resolved()
         run.out = options.out
         return finetune(options)
 

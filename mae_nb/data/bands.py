@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SURE', 'NUMPY', 'GEOREFERENCE', 'channel_axis', 'BandLayout', 'has_georeference', 'band_layout', 'is_banded',
-           'read_bands', 'read_picture', 'explained_picture']
+           'read_bands', 'read_picture', 'read_whole', 'explained_picture']
 
 # %% ../../nbs/data/01b_bands.ipynb #0246bf3d
 import io
@@ -91,7 +91,8 @@ def _open_series(data:bytes) -> tuple:
         series = list(tiff.series)
     except Exception as e:
         raise ValueError(f'a damaged TIFF: {e}') from e
-    whole = [s for s in series if s.pages and not (s.keyframe.is_reduced or s.keyframe.is_mask)]
+    levels = [level for s in series for level in s.levels if level.pages]   # a page of half the size is taken for one
+    whole = [s for s in levels if not (s.keyframe.is_reduced or s.keyframe.is_mask or s.keyframe.is_subifd)]
     if len(whole) != 1:
         shapes = ', '.join(str(tuple(s.shape)) for s in whole[:4])
         raise ValueError(f'a TIFF of pages of several sizes ({shapes}): save it with one size for all bands')
@@ -132,8 +133,8 @@ def _read_tiff(data:bytes) -> np.ndarray:
                                      'pip install imagecodecs') from e
             raise ValueError(f'a damaged TIFF: {e}') from e
         turn = int(getattr(series.keyframe.tags.get(274), 'value', 1) or 1)
-    order = [series.axes.index(axis) for axis in sorted(series.axes, key='YX'.find)]   # whatever else there is comes first
-    pixels = pixels.transpose(order)
+    bands_first = sorted(series.axes, key='YX'.find)
+    pixels = pixels.transpose([series.axes.index(axis) for axis in bands_first])
     return _upright(pixels if pixels.ndim == 3 else pixels[None], turn)
 
 def _upright(pixels:np.ndarray, turn:int) -> np.ndarray:
@@ -172,7 +173,8 @@ def is_banded(
     data:bytes,  # the content of an image file
 ) -> bool:
     "Whether a file has bands that no viewer would show: a NumPy array, or a TIFF of more than four samples a pixel."
-    return data.startswith(NUMPY) or tiff_bands(data) > 4 or data[:4] == b'MM\0+'   # the last: a kind PIL does not know
+    unknown_to_pil = data[:4] == b'MM\0+'   # offsets of eight bytes, the highest first
+    return data.startswith(NUMPY) or tiff_bands(data) > 4 or unknown_to_pil
 
 # %% ../../nbs/data/01b_bands.ipynb #66ffa95d
 def _read_deep_grey(data:bytes) -> np.ndarray:
@@ -195,13 +197,14 @@ def read_bands(
         pixels = _read_deep_grey(data)
     else:
         wanted = f'{in_chans} channels of {bits} bits' if in_chans else 'bands'
-        raise ValueError(f'{wanted} are read from TIFF and .npy, and 16 bits of grey from PNG: the file is none of them')
+        raise ValueError(f'{wanted} are read from TIFF and .npy, and 16 bits of grey from PNG: '
+                         'the file is none of them')
     check_size(*pixels.shape[1:])
     own = len(pixels), 8 * pixels.dtype.itemsize
     for what, has, wanted in zip(('channels', 'bits'), own, (in_chans, bits)):
         if wanted not in (None, has):
             raise ValueError(f'the file has {own[0]} channels of {own[1]} bits, and {wanted} {what} are wanted')
-    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder('=')))
+    return torch.from_numpy(np.require(pixels, pixels.dtype.newbyteorder('='), ['C', 'W']))
 
 def read_picture(
     file:str|Path|io.BytesIO,  # an image file
@@ -214,6 +217,13 @@ def read_picture(
     if in_chans in (1, 3) and bits == 8 and not data.startswith(NUMPY):
         return read_image(io.BytesIO(data), in_chans, shrink)
     return read_bands(data, in_chans, bits)
+
+def read_whole(
+    file:io.BytesIO,  # an image file
+) -> torch.Tensor:    # image (c, h, w), uint8 or uint16
+    "A picture in colour, or all bands of a file that has some: to find out whether it is whole."
+    data = file.getvalue()
+    return read_bands(data) if is_banded(data) else read_image(file)
 
 def explained_picture(
     file:str|Path,  # an image file

@@ -258,8 +258,8 @@ def keep_stats(
 ) -> str:                      # the report, for a person
     "Count the mean and deviation of a data set's training images, and keep them in its folder."
     if not Path(source).is_dir():
-        raise UsageError(f'{source} is no folder on this machine, where statistics could be kept: runs take the numbers '
-                         'that the set brings, or `mean` and `std`')
+        raise UsageError(f'{source} is no folder on this machine, where statistics could be kept: '
+                         'runs take the numbers that the set brings, or `mean` and `std`')
     train, _ = with_channels(read_source(source), **options)
     stats = count_stats(train, os.cpu_count() or 1 if num_workers is None else num_workers)
     return stats_table(stats, write_stats(source, stats))

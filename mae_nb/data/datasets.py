@@ -25,7 +25,7 @@ from ..base.processes import print_once
 from ..base.settings import setting
 from .archives import TRAIN_TAR, Part, ilsvrc_parts, parquet_files, parquet_parts
 from .bands import band_layout, is_banded
-from .formats import image_endings, is_image
+from .formats import image_endings, is_image, missing_extra
 from .image_set import ImageSet
 from .images import error_text, read_image
 from .inventory import split_folders, take_inventory
@@ -128,15 +128,18 @@ def folder_set(
         advice = f'it has {tars:,} tars, which are not read as images: unpack them' if tars else \
             'expected files such as .jpg or .png, flat or one folder per class'
         raise UsageError('; '.join([f'no images in {folder}: {advice}', *inventory.notes()]))
+    notes = inventory.notes()
+    if extra := missing_extra(inventory.passed):
+        notes.append(f'{folder}: some of them could be read: {extra}')
     if inventory.loose:
-        return as_found(ImageSet(str(folder), inventory.images, notes=inventory.notes()))
+        return as_found(ImageSet(str(folder), inventory.images, notes=notes))
     counts = {name: n for name, n in inventory.classes.items() if n}
     classes = classes or list(counts)
     if extra := set(counts) - set(classes):
         raise UsageError(f'{folder} holds classes that the training set lacks: {", ".join(sorted(extra)[:5])}')
     numbers = {c: i for i, c in enumerate(classes)}
     labels = np.repeat([numbers[name] for name in counts], list(counts.values()))
-    return as_found(ImageSet(str(folder), inventory.images, labels, classes, notes=inventory.notes()))
+    return as_found(ImageSet(str(folder), inventory.images, labels, classes, notes=notes))
 
 def _endings(folder:Path) -> frozenset:
     "The endings of a folder's images: those of pictures, and .npy only where there are no others."

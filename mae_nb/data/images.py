@@ -52,7 +52,9 @@ def to_rgb_or_grey(
     in_chans:int,    # channels wanted: 1 or 3
 ) -> Image.Image:    # mode L or RGB
     "The image as a viewer shows it: turned upright, 16 bits scaled to 8, transparency over white."
-    kind, im = im.format, ImageOps.exif_transpose(im)
+    kind = im.format
+    if kind != 'JXL' or im.jpeg:   # JPEG XL is decoded upright, and its note about that is void; a JPEG in one is not
+        im = ImageOps.exif_transpose(im)
     if im.mode == 'F' or im.mode == 'I' and kind != 'PPM':   # PIL reads a PPM of 16 bits as 32
         values = 'floating-point' if im.mode == 'F' else '32-bit or signed'
         raise ValueError(f'{values} pixels have no agreed range: save the file with 8 or 16 bits')

@@ -94,7 +94,7 @@ class Samples(Dataset):
                              'whose pictures are decoded already: leave it out')
         if not self.images.is_plain:
             raise UsageError(f'decode={self.decode!r} has no effect on {self.images.name}, whose files have '
-                             f'{self.images.in_chans} channels of {self.images.bits} bits and are no JPEGs: leave it out')
+                             f'{self.images.in_chans} channels of {self.images.bits} bits: leave it out')
         if change := transform.pixel_change:
             raise UsageError(f"{change} needs the pixels on the CPU: use decode='cpu', or do without it")
 
@@ -315,8 +315,8 @@ def check_bands(
     "Raise where images have no known statistics, or where they are augmented as only grey or colour pictures can be."
     train.check_stats()
     if not train.is_plain and (change := getattr(augment, 'needs_colours', '')):
-        raise UsageError(f'{train.name} has {train.in_chans} channels of {train.bits} bits, and {change} takes pictures '
-                         'of 1 or 3 channels of 8 bits')
+        raise UsageError(f'{train.name} has {train.in_chans} channels of {train.bits} bits, and {change} takes '
+                         'pictures of 1 or 3 channels of 8 bits')
 
 def get_dls(
     source,                            # a key of `SOURCES`, a folder, or (training, validation) `ImageSet`s

@@ -27,7 +27,7 @@ def _listed(name:str, root:Path, rows:dict) -> tuple[ImageSet, ImageSet]:
     "Training and validation set from {part: (path below the root, class) of each image}."
     for part, images in rows.items():
         if not images:
-            raise UsageError(f'{root} has no images for {part}: it is not laid out as {name} is; remove the folder, and '
+            raise UsageError(f'{root} has no images for {part}: it is not laid out as {name} is; remove it, and '
                              'it is unpacked again')
     classes = sorted({c for _, c in rows['train']})
     numbers = {c: i for i, c in enumerate(classes)}
@@ -100,8 +100,8 @@ def check_archive(
         raise UsageError(f'fastai has noted no size and hash of {url}: unpack {archive} yourself, and name the folder')
     size, digits = path_stats(archive)
     if (size, digits) != tuple(noted):
-        raise UsageError(f'{archive} is not the archive that fastai has noted ({size:,} bytes, first megabyte {digits}, '
-                         f'not {noted[0]:,} and {noted[1]}): remove it, and it is fetched again')
+        raise UsageError(f'{archive} is not the archive that fastai has noted ({size:,} bytes, first megabyte '
+                         f'{digits}, not {noted[0]:,} and {noted[1]}): remove it, and it is fetched again')
 
 def unpack_archive(
     archive:Path,   # a tar, compressed or not

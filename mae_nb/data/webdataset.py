@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..base.errors import UsageError
 from .archives import Part, TarMembers
 from .formats import is_image
-from .inventory import Names, SharedArray, part_of, read_labels
+from .inventory import SharedArray, part_of, read_labels
 
 # %% ../../nbs/data/02b_webdataset.ipynb #c4eaeba1
 _NOTES = re.compile(r'__[^/]*__($|/)')            # about the tar, and no sample
