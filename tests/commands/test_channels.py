@@ -127,7 +127,7 @@ def test_channels_that_differ_from_the_models_are_one_line(forked, tmp_path, pho
     assert forked('mae-check', 'scenes', '--stats', '--num-workers', '0').code == 0
     assert forked('mae-pretrain', 'photos', *NANO, *QUICK, '--out', 'colour').code == 0
     for words, message in (
-        (('mae-probe', 'knn', 'scenes', 'colour', '--num-workers', '0'), 'has images of 5 channels and the model takes 3'),
+        (('mae-probe', 'knn', 'scenes', 'colour', '--num-workers', '0'), 'of 5 channels and the model takes 3'),
         (('mae-embed', 'scenes', 'colour', '--out', 'x.npy'), 'takes 3 channels and scenes/val has 5'),
         (('mae-show', 'colour', 'scenes/val/low/13.tif'), '13.tif cannot be read as an image: a TIFF of 5 bands'),
         (('mae-finetune', 'scenes', 'colour', *QUICK[:2], '--bs', '6', '--in-chans', '5'), "RandAugment"),
