@@ -49,16 +49,16 @@ def functions(source: str) -> list[tuple]:
     return rows
 
 
-def notebook_number(file: Path) -> int:
-    "The number of the notebook that a module is exported from."
+def notebook_number(file: Path) -> str:
+    "The name of the notebook that a module is exported from, which begins with its number; empty without one."
     for line in file.read_text().splitlines():
         if 'File to edit:' in line:
             stem = line.rsplit('/', 1)[-1]
-            return int(stem[:2]) if stem[:2].isdigit() else 0
-    return 0
+            return stem if stem[:2].isdigit() else ''
+    return ''
 
 
-def place(folder: Path, file: Path) -> tuple[int, int]:
+def place(folder: Path, file: Path) -> tuple[int, str]:
     "Where a module stands: its package in `PACKAGES`, and its notebook in the package."
     package = file.relative_to(folder/'mae_nb').with_suffix('').parts[0]
     return PACKAGES.index(package), notebook_number(file)

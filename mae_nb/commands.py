@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show', 'mae_convert', 'mae_pack', 'mae_check', 'mae_bench',
-           'mae_plan', 'mae_study', 'mae_replay', 'mae_demo', 'mae_course']
+           'mae_plan', 'mae_study', 'mae_replay', 'mae_demo']
 
 # %% ../nbs/commands.ipynb #0a1d0231
 from .command_line import Blocks, Numbers, Positional, Repeatable, Size, cli, command, is_cli
-from .model_commands import mae_embed, mae_eval, mae_neighbours, mae_segment  # noqa: F401   for the console scripts
+from .model_commands import mae_embed, mae_eval, mae_neighbours  # noqa: F401   for the console scripts
 
 # %% ../nbs/commands.ipynb #40ca6fc3
 @cli('path/to/photos --model mae_vit_tiny_patch16 --recipe pretrain_small', 'fashion --epochs 2 --set mask_ratio=.6',
@@ -28,15 +28,16 @@ def mae_pretrain(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
-    in_chans:int=None,     # of images and weights: 1, grey, or 3; by default the images' own
+    in_chans:int=None,     # of images and weights: 1, grey, 3, or all bands of the files; by default the images' own
     mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default the data set's own
     std:Numbers=None,      # the same for the deviation
+    bits:int=None,         # of a channel: 8, or 16, read as they are; by default the images' own
+    bands:Numbers=None,    # channels that the picture of reconstructions shows, one or three, counted from 0
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
-    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a masked autoencoder."
@@ -45,8 +46,8 @@ def mae_pretrain(
         options = PretrainOptions(data, out=out, model=model, init=init, img_size=img_size, recipe=recipe, set=set,
                                   epochs=epochs, max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers,
                                   device=device, decode=decode, in_chans=in_chans, mean=mean, std=std,
-                                  parallel=parallel, resume=resume, save_every=save_every, if_full=if_full,
-                                  data_check=data_check, log=log).resolved()
+                                  bits=bits, bands=bands, parallel=parallel, resume=resume,
+                                  save_every=save_every, if_full=if_full, data_check=data_check).resolved()
         run.out = options.out
         return pretrain(options)
 
@@ -68,16 +69,16 @@ def mae_finetune(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
-    in_chans:int=None,     # of images and weights: 1, grey, or 3; by default the images' own
+    in_chans:int=None,     # of images and weights: 1, grey, 3, or all bands of the files; by default the images' own
     mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default the data set's own
     std:Numbers=None,      # the same for the deviation
+    bits:int=None,         # of a channel: 8, or 16, read as they are; by default the images' own
     json:str=None,         # also write the numbers to this file
     parallel:str='ddp',    # several processes: ddp, each has the whole model; or fsdp, each holds a part
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
-    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Fine-tune a pretrained encoder with labels, end to end, or train a new one from scratch."
@@ -86,8 +87,9 @@ def mae_finetune(
         options = FinetuneOptions(data, weights=weights, from_scratch=from_scratch, model=model, img_size=img_size,
                                   out=out, recipe=recipe, set=set, epochs=epochs, max_steps=max_steps, bs=bs,
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
-                                  in_chans=in_chans, mean=mean, std=std, parallel=parallel, resume=resume,
-                                  save_every=save_every, if_full=if_full, data_check=data_check, log=log).resolved()
+                                  in_chans=in_chans, mean=mean, std=std, bits=bits, parallel=parallel,
+                                  resume=resume, save_every=save_every, if_full=if_full,
+                                  data_check=data_check).resolved()
         run.out = options.out
         return finetune(options)
 
@@ -109,15 +111,15 @@ def mae_probe(
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     decode:str='cpu',      # JPEGs are decoded by the loader's processes, cpu, or on the device that trains, device
-    in_chans:int=None,     # of images and weights: 1, grey, or 3; by default the images' own
+    in_chans:int=None,     # of images and weights: 1, grey, 3, or all bands of the files; by default the images' own
     mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default the data set's own
     std:Numbers=None,      # the same for the deviation
+    bits:int=None,         # of a channel: 8, or 16, read as they are; by default the images' own
     json:str=None,         # also write the numbers to this file
     resume:str=None,       # a run folder to resume; or auto: resume --out if it exists, else start it
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
-    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Measure what a pretrained encoder knows: frozen, or with its last blocks trained."
@@ -126,8 +128,8 @@ def mae_probe(
         options = ProbeOptions(data, kind=kind, weights=weights, out=out, recipe=recipe, blocks=blocks, fast=fast,
                                set=set, epochs=epochs, max_steps=max_steps, bs=bs, seed=seed,
                                num_workers=num_workers, device=device, decode=decode, in_chans=in_chans, mean=mean,
-                               std=std, json=json, resume=resume, save_every=save_every, if_full=if_full,
-                               data_check=data_check, log=log).resolved()
+                               std=std, bits=bits, json=json, resume=resume, save_every=save_every,
+                               if_full=if_full, data_check=data_check).resolved()
         run.out = options.out
         return probe(options)
 
@@ -145,6 +147,7 @@ def mae_show(
     seed:int=0,            # of the masks
     mean:Numbers=None,     # of pixels in [0, 1], one for all channels or one each; by default that of the weights
     std:Numbers=None,      # the same for the deviation
+    bands:Numbers=None,    # channels shown as red, green and blue, or one as grey, counted from 0; by default 0,1,2
     device:str=None,       # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     debug:bool=False,      # show the whole traceback of an error
 ):
@@ -153,7 +156,8 @@ def mae_show(
         from mae_nb.tasks.visualize import show
         options = dict(name=model, target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
         options = {k: v for k, v in options.items() if v is not None}
-        print(f'picture     {show(where, images, out, seed=seed, device=device, mean=mean, std=std, **options)}')
+        file = show(where, images, out, seed=seed, device=device, mean=mean, std=std, bands=bands, **options)
+        print(f'picture     {file}')
 
 # %% ../nbs/commands.ipynb #c0a7e001
 @cli('runs/pretrain-1 vit-mae --format hf', 'runs/finetune-1 program --format onnx --quantize int8 --data fashion',
@@ -202,23 +206,29 @@ def mae_pack(
         print(pack_text(index, out or source))
 
 # %% ../nbs/commands.ipynb #c4ec0004
-@cli('path/to/photos', 'fashion --json report.json')
+@cli('path/to/photos', 'path/to/scenes --stats', 'fashion --json report.json')
 def mae_check(
     data:str,              # a data set's name (fashion, cifar10) or a folder of images
     num_workers:int=None,  # files read at a time; by default one a core
     img_size:Size=None,    # side of a crop in pixels, or rows,columns; by default that of the data set's model
     few:int=10,            # name classes with fewer images
+    stats:bool=False,      # also count mean and deviation of each channel, and keep them in the folder for all runs
+    in_chans:int=None,     # 1, grey, 3, or all bands of the files; by default the images' own
+    bits:int=None,         # of a channel: 8, or 16, read as they are; by default the images' own
     json:str=None,         # also write all that was found to this file
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Read a data set once and list what would trouble a run; exits with 1 where a file cannot be read."
-    with command(mae_check, debug, num_workers=num_workers, img_size=img_size, few=few):
-        from mae_nb.data.check import check_source, check_table
+    with command(mae_check, debug, num_workers=num_workers, img_size=img_size, few=few, in_chans=in_chans):
+        from mae_nb.data.check import check_source, check_table, keep_stats
         from mae_nb.model.mae import SIZES
         from mae_nb.training.presets import default_model
         from mae_nb.training.runs import write_json
-        report = check_source(data, num_workers, img_size or SIZES[default_model(data)]['img_size'], few)
+        report = check_source(data, num_workers, img_size or SIZES[default_model(data)]['img_size'], few,
+                              in_chans=in_chans, bits=bits)
         print(check_table(report), flush=True)
+        if stats:
+            print(keep_stats(data, num_workers, in_chans=in_chans, bits=bits), flush=True)
         write_json(report, json)
         if is_cli(mae_check) and any(part['bad'] for part in report['parts'].values()):
             raise SystemExit(1)
@@ -359,17 +369,3 @@ def mae_demo(
         run.out = resume or out or demo_folder(data)
         return demo(data, epochs=epochs, seed=seed, seeds=seeds, out=None if resume else run.out,
                     num_workers=num_workers, device=device, resume=resume, json=json)
-
-# %% ../nbs/commands.ipynb #c0a70002
-@cli('student --out for-students', 'teacher --out for-teachers', 'slides --out lecture.html')
-def mae_course(
-    what:Positional=None,  # student: chapters with blanks; teacher: with solutions and notes; slides: the lecture
-    out:str=None,          # the folder to write, new or empty; for slides a new .html file
-    book:str=None,         # the folder nbs of a clone; by default that of this package, if it is one
-    debug:bool=False,      # show the whole traceback of an error
-):
-    "Write the course for students, for teachers, or as slides for a lecture of 90 minutes."
-    with command(mae_course, debug) as run:
-        from mae_nb.tasks.slides import write_material
-        run.out = out
-        return write_material(what, out, book)

@@ -133,7 +133,7 @@ def other_kind(
     "What a file is, and what to do, where its first bytes tell; else empty."
     begin = data[:12].lower()
     if begin[4:8] == b'ftyp' and begin[8:11] in (b'hei', b'mif', b'hev'):
-        return 'a HEIC picture, which is not read here: save it as JPEG or PNG'
+        return 'a HEIC picture, damaged or without its reader (the extra heic): save it as JPEG or PNG'
     kind = next((kind for first, kind in _OTHER_KINDS.items() if begin.startswith(first)), '')
     return f'{kind} and no picture: leave it out, or save its pictures as JPEG or PNG' if kind else ''
 

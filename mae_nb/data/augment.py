@@ -20,7 +20,7 @@ import torch
 from ..base.errors import UsageError
 from ..base.keyed import fold
 from .crops import Crop, Transform, fixed_spec, whole_spec
-from .images import IMAGENET_MEAN, IMAGENET_STD
+from .images import IMAGENET_MEAN, IMAGENET_STD, largest_value
 
 # %% ../../nbs/data/07_augment.ipynb #6578c961
 @contextmanager
@@ -97,7 +97,7 @@ def _timm_erasing(prob:float):
     return RandomErasing(prob, mode='pixel', device='cpu')
 
 def erase(
-    img:torch.Tensor,  # image (c, h, w), uint8
+    img:torch.Tensor,  # image (c, h, w), uint8 or uint16
     k:Callable[[str], int],  # returns the key for a purpose
     prob:float=.25,    # share of images that lose a box, in [0, 1]
     mean:tuple=IMAGENET_MEAN,  # of pixels in [0, 1], a number for each channel
@@ -108,7 +108,8 @@ def erase(
     with keyed_globals(k('erase')):
         noise = erasing(torch.zeros(img.shape))
     mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    noisy = ((noise * std + mean) * 255).round().clamp(0, 255).byte()
+    largest = largest_value(img)
+    noisy = ((noise * std + mean) * largest).round().clamp(0, largest).to(img.dtype)
     return torch.where(noise != 0, noisy, img)
 
 # %% ../../nbs/data/07_augment.ipynb #65125686
@@ -141,6 +142,13 @@ class Augment(Crop):
 
     def shrink(self, whole, k, size):
         return super().shrink(whole, k, size) if self.augment in ('random', 'jitter') else 1
+
+    @property
+    def needs_colours(self) -> str:
+        "What of it takes grey or colour pictures of 8 bits only, and the field that turns it off; '' if nothing."
+        if self.randaugment:
+            return "RandAugment (turn it off: randaugment='')"
+        return "colour jitter (choose another: augment='random')" if self.augment == 'jitter' else ''
 
     @property
     def pixel_change(self) -> str:

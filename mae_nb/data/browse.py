@@ -20,23 +20,31 @@ def chosen_bands(
     "The channels that a picture shows."
     if bands is None:
         return tuple(range(3 if channels >= 3 else 1))
-    bands = tuple(bands)
+    bands = tuple(int(b) if isinstance(b, float) and b.is_integer() else b for b in bands)   # a command reads numbers
     if len(bands) not in (1, 3) or not all(isinstance(b, int) and 0 <= b < channels for b in bands):
         raise UsageError(f'`bands` takes one or three channels from 0 to {channels - 1}, got {bands}')
     return bands
 
 def shown_image(
-    img:torch.Tensor,        # (c, h, w), uint8 or in [0, 1]
+    img:torch.Tensor,        # (c, h, w), uint8, uint16 or in [0, 1]
     bands:tuple|None=None,   # as for `chosen_bands`
 ) -> np.ndarray:             # (h, w) grey or (h, w, 3), for `imshow`
-    "An image as a picture: grey, or three of its channels."
+    "An image as a picture: grey, or three of its channels; 16 bits are stretched to 8, so that something is seen."
     img = img.detach().cpu()
     img = img[list(chosen_bands(len(img), bands))]
+    if img.dtype == torch.uint16:
+        img = _stretched(img)
     return img[0].numpy() if len(img) == 1 else img.permute(1, 2, 0).numpy()
 
 # %% ../../nbs/data/08b_browse.ipynb #3c6242ac
+def _stretched(img:torch.Tensor) -> torch.Tensor:
+    "Each channel from its 2nd to its 98th percentile, as uint8."
+    values = img.float().flatten(1).numpy()
+    low, high = (torch.from_numpy(p).float()[:, None, None] for p in np.percentile(values, (2, 98), axis=1))
+    return ((img.float() - low) / (high - low).clamp(min=1) * 255).round().clamp(0, 255).byte()
+
 def draw_images(
-    imgs:torch.Tensor,         # (b, c, h, w), uint8 or in [0, 1]
+    imgs:torch.Tensor,         # (b, c, h, w), uint8, uint16 or in [0, 1]
     titles:list|None=None,     # a line for each
     bands:tuple|None=None,     # as for `chosen_bands`
     side:float=1.5,            # inches a picture
@@ -47,7 +55,7 @@ def draw_images(
     rows = -(-len(imgs) // columns)
     fig, axs = plt.subplots(rows, columns, figsize=(side * columns, (side + .3) * rows), squeeze=False,
                             layout='constrained')
-    largest = 255 if imgs.dtype == torch.uint8 else 1
+    largest = 1 if imgs.is_floating_point() else 255
     for ax in axs.flat:
         ax.set_axis_off()
     for i, (ax, img) in enumerate(zip(axs.flat, imgs)):

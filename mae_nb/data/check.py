@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'DARK', 'LIGHT', 'MOST_THREADS', 'FileReport', 'content_of', 'inspect_file', 'FileReports', 'check_data',
-           'check_table', 'check_source']
+           'check_table', 'check_source', 'keep_stats']
 
 # %% ../../nbs/data/05_check.ipynb #b9aea15a
 import hashlib
@@ -21,12 +21,16 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..base.errors import UsageError
 from ..base.names import check_ranges
-from .datasets import ImageSet, check_pair, read_source
-from mae_nb.data.images import (
-    error_text, jpeg_head, jpeg_pixels, printable, quiet_worker, read_image, readable_formats,
-)
+from .bands import NUMPY, has_georeference, read_picture
+from .channels import with_channels
+from .datasets import check_pair, read_source
+from .formats import readable_formats
+from .image_set import ImageSet
+from .images import error_text, jpeg_head, jpeg_pixels, printable, quiet_worker, read_image
 from .shards import Packed
+from .stats import count_stats, stats_table, write_stats
 
 # %% ../../nbs/data/05_check.ipynb #c4ec0002
 class FileReport(NamedTuple):
@@ -37,24 +41,31 @@ class FileReport(NamedTuple):
     frames: int     # pages or frames in the file, of which the first is read
     content: str    # empty, or what makes it look empty: one of `LOOKS`
     reason: str     # why it cannot be read; empty if it can
+    georeferenced: bool = False   # whether it states its place on Earth, which is not used
 
 LOOKS = dict(flat='of one value', dark='nearly black', light='nearly white')   # images that show nothing
 DARK, LIGHT = 16, 239   # of 255: nothing is as bright as the first, or as dark as the second
 
 def content_of(
-    pixels:np.ndarray,  # uint8
+    pixels:np.ndarray,  # uint8 or uint16
 ) -> str:               # empty, or one of `LOOKS`
     "What makes an image look empty, if anything."
     low, high = int(pixels.min()), int(pixels.max())
     if low == high:
         return 'flat'
+    if pixels.dtype != np.uint8:   # few sensors use all of 16 bits
+        return ''
     return 'dark' if high < DARK else 'light' if low > LIGHT else ''
 
 def inspect_file(
     data:bytes,    # an image file
-    in_chans:int,  # channels wanted: 1 or 3
+    in_chans:int,  # channels wanted
+    bits:int=8,    # of a channel
 ) -> tuple[int, int, int, str]:   # rows, columns, frames, content as in a `FileReport`
     "Read a file to its last bit, at the smallest scale that shows what is in it; an error if it is not whole."
+    if in_chans not in (1, 3) or bits == 16 or data.startswith(NUMPY):   # pages are bands
+        img = read_picture(io.BytesIO(data), in_chans, bits=bits)
+        return *img.shape[1:], 1, _look(img.numpy())
     if data[:3] == b'\xff\xd8\xff':
         head = jpeg_head(data)
         if head.space in ('Gray', 'YCbCr') and not head.is_lossless:
@@ -89,7 +100,8 @@ class FileReports(Dataset):
                 return FileReport(digest, *pixels.shape[:2], 1, _look(pixels.transpose(2, 0, 1)), '')
             data = self.images.data(i)
             digest = _digest(data)
-            return FileReport(digest, *inspect_file(data, self.images.in_chans), '')
+            found = inspect_file(data, self.images.in_chans, self.images.bits)
+            return FileReport(digest, *found, '', has_georeference(data))
         except Exception as e:
             return FileReport(digest, 0, 0, 0, '', error_text(e))
 
@@ -163,6 +175,9 @@ def _part_report(images:ImageSet, names:list, reports:list, img_size:int, few:in
         span = int(images.labels.min()), int(images.labels.max())
     looks = {look: [name for name, r in zip(names, reports) if r.content == look] for look in LOOKS}
     frames = [dict(file=name, frames=r.frames) for name, r in zip(names, reports) if r.frames > 1]
+    places = sum(r.georeferenced for r in reports)
+    if places:
+        looks = looks | dict(georeferenced=places)
     return dict(
         images=len(images), bad=bad, classes=counts, few={k: n for k, n in counts.items() if n < few},
         smallest=min(sizes, key=np.prod, default=None), largest=max(sizes, key=np.prod, default=None),
@@ -190,10 +205,13 @@ def check_table(
 def _content_lines(part:str, p:dict, most:int) -> list[str]:
     "What was passed over, and images that show nothing or more than one thing."
     lines = _listed(f'notes on {part}', map(printable, p['notes']), most)
+    if places := p.get('georeferenced'):
+        lines.append(f'{places:,} files of {part} are GeoTIFFs: their georeference is not used')
     for look, text in LOOKS.items():
         lines += _listed(f'images of {part} that are {text}', p[look], most)
     frames = [f'{f["file"]}: {f["frames"]}' for f in p['frames']]
-    return lines + _listed(f'files of {part} with several pages or frames, of which the first is read', frames, most)
+    return lines + _listed(f'files of {part} with several pages or frames, of which the first is read '
+                           '(all of them, as bands: name their number, --in-chans)', frames, most)
 
 def _part_lines(part:str, p:dict, img_size:int) -> list[str]:
     smallest, largest = ('none' if size is None else f'{size[0]} x {size[1]}' for size in (p['smallest'], p['largest']))
@@ -221,12 +239,27 @@ def check_source(
     num_workers:int|None=None, # files read at a time; by the source if None: 0 from memory, else one a core
     img_size:int=224,          # side of a crop in pixels; smaller images are counted
     few:int=10,                # classes with fewer images are named
+    **options,                 # of `with_channels`: in_chans and bits, where they are not the source's own
 ) -> dict:                     # as from `check_data`
     "Read a data set once and report what would trouble a run."
-    pair = read_source(source)
+    pair = with_channels(read_source(source), **options)
     check_pair(*pair)
     sets = {part: s for part, s in zip(('train', 'valid'), pair) if s is not None}
     if num_workers is None:
         num_workers = 0 if sets['train'].in_memory else os.cpu_count() or 1
     check_ranges(num_workers=num_workers, few=few)
     return check_data(sets, num_workers, img_size, few)
+
+# %% ../../nbs/data/05_check.ipynb #ca5f32e6
+def keep_stats(
+    source:str|Path,           # a folder, as for `load_source`
+    num_workers:int|None=None, # files read at a time; one a core if None
+    **options,                 # of `with_channels`: in_chans and bits, where they are not the source's own
+) -> str:                      # the report, for a person
+    "Count the mean and deviation of a data set's training images, and keep them in its folder."
+    if not Path(source).is_dir():
+        raise UsageError(f'{source} is no folder on this machine, where statistics could be kept: '
+                         'runs take the numbers that the set brings, or `mean` and `std`')
+    train, _ = with_channels(read_source(source), **options)
+    stats = count_stats(train, os.cpu_count() or 1 if num_workers is None else num_workers)
+    return stats_table(stats, write_stats(source, stats))

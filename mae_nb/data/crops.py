@@ -41,21 +41,28 @@ def crop_box(
 
 # %% ../../nbs/data/06_crops.ipynb #0dd4cd6b
 def resize(
-    img:torch.Tensor,      # image (c, h, w), uint8
+    img:torch.Tensor,      # image (c, h, w), uint8 or uint16
     size:tuple[int, int],  # (rows, columns) wanted
-) -> torch.Tensor:         # image (c, *size), uint8
-    "Scale an image: bicubic with antialiasing, as torchvision and PIL do it."
+) -> torch.Tensor:         # image (c, *size), of the same kind
+    "Scale an image: bicubic with antialiasing, as torchvision and PIL do it; 16 bits in float, rounded at the end."
+    if img.dtype == torch.uint16:
+        scaled = interpolate(img.float()[None], tuple(size), mode='bicubic', antialias=True)[0]
+        return scaled.round().clamp(0, 65_535).to(torch.uint16)
     # a batch whose channels lie together in memory, which torch scales without copies
     imgs = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return interpolate(imgs, tuple(size), mode='bicubic', antialias=True)[0]
 
 def resize_as_pil(
-    img:torch.Tensor,      # image (c, h, w), uint8, on the CPU
+    img:torch.Tensor,      # image (c, h, w), uint8 or uint16, on the CPU
     size:tuple[int, int],  # (rows, columns) wanted
-) -> torch.Tensor:         # image (c, *size), uint8
+) -> torch.Tensor:         # image (c, *size), of the same kind
     "Scale an image by PIL itself (bicubic): slower than `resize`, and the pixels of the official evaluation."
+    if img.dtype == torch.uint16:   # PIL's images of one float channel
+        scaled = resize_as_pil(img.float(), size)
+        return scaled.round().clamp(0, 65_535).to(torch.uint16)
     pixels = np.ascontiguousarray(img.permute(1, 2, 0).numpy())
-    layers = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
+    is_colour = pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    layers = [pixels] if is_colour else np.moveaxis(pixels, 2, 0)
     scaled = [np.array(Image.fromarray(layer).resize(size[::-1], Image.BICUBIC)) for layer in layers]
     return torch.from_numpy(scaled[0] if len(layers[0].shape) == 3 else np.dstack(scaled)).permute(2, 0, 1)
 

@@ -103,6 +103,7 @@ class Paths(Sequence):
 # pictures in formats that are not read here: a class of such files only would vanish
 UNREAD = frozenset('.heic .heif .hif .jxl .jxr .svg .psd .xcf .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf '
                    '.dcm .fits .fit .npy .nii .eps'.split())
+_WITH_EXTRAS = frozenset(('.heic', '.heif', '.hif', '.jxl'))   # read where a package is installed
 
 @dataclass
 class Inventory:
@@ -153,8 +154,9 @@ def take_inventory(
     for name, kinds in inventory.unused.items():
         pictures = Counter({ending: n for ending, n in kinds.items() if ending in UNREAD})
         if pictures and not inventory.loose:
+            install = ', install their reader (the extra heic or jxl)' if _WITH_EXTRAS & {*pictures} else ''
             raise UsageError(f'the class {name} in {folder} would vanish: its pictures are in no format that is '
-                             f'read here, {_counted(pictures)}: convert them, or move the folder away')
+                             f'read here, {_counted(pictures)}: convert them{install}, or move the folder away')
     return inventory
 
 def _image_names(inventory:Inventory, root:str, endings:frozenset) -> Iterator[str]:
@@ -322,12 +324,12 @@ def _numbered(texts:list, classes:Sequence, place:Callable) -> tuple[np.ndarray,
 
 # %% ../../nbs/data/00_inventory.ipynb #b0745b6b
 def check_pixels(
-    items:np.ndarray,  # images (n, h, w, c), uint8
+    items:np.ndarray,  # images (n, h, w, c), uint8 or uint16
     channels:int,      # c
 ):
     "Raise a clear error if an array is not that of images."
     wanted = f'an array (n, h, w, {channels}) of uint8'
-    if items.dtype != np.uint8:
+    if items.dtype not in (np.uint8, np.uint16):
         advice = ': multiply by 255, round and cast' if items.dtype.kind == 'f' else ''
         raise UsageError(f'images must be {wanted}, got {items.dtype}{advice}')
     if items.ndim != 4 or items.shape[-1] != channels:

@@ -15,6 +15,8 @@ from ..base.files import is_remote
 from ..base.names import check_ranges
 from ..base.processes import print_once
 from .archives import Files, Part
+from .bands import read_whole
+from .images import read_image
 from .datasets import SOURCES, encoded_parts, load_source
 from .shards import INDEX, check_shards, left_out, pack, read_index
 
@@ -57,7 +59,7 @@ def pack_source(
     check_ranges(max_side=max_side, quality=quality, per_shard=per_shard)
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
     return pack(packable_parts(source), out, max_side=max_side, quality=quality or 90, per_shard=per_shard,
-                skip_bad=skip_bad, num_workers=workers)
+                skip_bad=skip_bad, num_workers=workers, read=read_whole if max_side is None else read_image)
 
 def pack_text(
     index:dict,       # from `pack_source`

@@ -137,12 +137,17 @@ def as_expected(
     "The same pictures, standardised as the model was trained."
     if weights.data:
         stated = dict(mean=tuple(weights.data['mean']), std=tuple(weights.data['std']))
-        can_change = not images.in_memory or len(stated['mean']) == images.in_chans
+        bits = weights.data.get('bits', 8)
+        can_change = not images.in_memory and images.is_plain or len(stated['mean']) == images.in_chans
         if len(stated['mean']) == in_chans and can_change:
-            return replace(images, **stated)
+            if bits != images.bits and (images.in_memory or not images.is_plain):
+                raise UsageError(f'{weights.where} takes {bits} bits a channel and {images.name} has {images.bits}: '
+                                 'choose other images or weights')
+            return replace(images, **stated, bits=bits, has_stats=True)
     if images.in_chans != in_chans:
         raise UsageError(f'{weights.where} takes {in_chans} channels and {images.name} has {images.in_chans}: '
                          'choose other images or weights')
+    images.check_stats()
     return images
 
 # %% ../../nbs/tasks/20_batches.ipynb #3b07ef72

@@ -91,8 +91,9 @@ def change_colours(
     colours:Colours,    # strengths
 ) -> torch.Tensor:      # images (b, c, h, w), uint8
     "Change each image's colours as its own random numbers say."
-    if imgs.shape[1] not in (1, 3):
-        raise UsageError(f"colours change in images of 1 or 3 channels, got {imgs.shape[1]}: use augment='crop'")
+    if imgs.shape[1] not in (1, 3) or imgs.dtype == torch.uint16:
+        raise UsageError(f"colours change in images of 1 or 3 channels of 8 bits, got {imgs.shape[1]} of "
+                         f"{8 * imgs.element_size()}: use augment='crop'")
     s, x = colours, imgs.float() / 255
     chosen = u[:, 0] < s.jitter
 

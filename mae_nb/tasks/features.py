@@ -20,7 +20,7 @@ from ..base.errors import UsageError
 from ..base.keyed import generator, key
 from ..data.crops import eval_crop
 from ..data.datasets import ImageSet
-from ..data.images import standardize
+from ..data.images import largest_value, standardize
 from ..data.loader import Samples
 from ..model.encoder import Encoder, block_tokens, pool_tokens
 from .finetune import check_labels, write_classes
@@ -81,7 +81,8 @@ def pixel_features(
 ) -> np.ndarray:            # (len(images), c*h*w) float32 in [0, 1]
     "The raw pixels as features."
     samples = Samples(images, size)
-    return np.stack([samples[0, i][0].flatten().numpy() for i in range(len(images))]).astype(np.float32) / 255
+    pixels = np.stack([samples[0, i][0].flatten().numpy() for i in range(len(images))])
+    return pixels.astype(np.float32) / largest_value(pixels)
 
 # %% ../../nbs/tasks/04_features.ipynb #d2d412ae
 @dataclass(frozen=True)

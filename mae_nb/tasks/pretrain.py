@@ -21,6 +21,7 @@ from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import generator, key, seeded, uniform
 from ..base.processes import print_once, rank
+from ..data.browse import chosen_bands
 from ..data.channels import with_channels
 from ..data.datasets import ImageSet, load_source
 from ..data.images import standardize
@@ -181,12 +182,14 @@ def pretrain_run(
 class PretrainOptions(RunOptions):
     "What a pretraining is made from."
     init:str=None  # weights to start from: a run folder, a file of any layout or a published name
+    bands:tuple=None   # channels that the picture of reconstructions shows, one or three, counted from 0
 
     def as_config(self) -> dict:
         "As `RunOptions`; a start from nothing is not named, as always."
         config = super().as_config()
-        init = config.pop('init')
-        return config if init is None else config | dict(init=absolute_path(init))
+        init, bands = config.pop('init'), config.pop('bands')
+        config = config if init is None else config | dict(init=absolute_path(init))
+        return config if bands is None else config | dict(bands=bands)
 
 def _starting_options(
     options:RunOptions,     # with `init`
@@ -227,6 +230,7 @@ def pretrain_setup(
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before the images are read
     sets = with_channels(load_source(options.data), **options.image_options)
+    chosen_bands(sets[0].in_chans, options.bands)   # a wrong one is an error before the first step
     model = started_model(options, recipe, sets[0].in_chans)
     return pretrain_run(sets, model, recipe, options, dict(options=options.as_config()))
 
@@ -239,7 +243,8 @@ def pretrain(
     learn.fit_recipe()
     images = learn.dls.loaders[-1].dataset.images   # the validation set, if there is one
     if rank() == 0:
-        save_reconstructions(learn.model, images, out/'figures'/'reconstructions.png', seed=options.seed)
+        save_reconstructions(learn.model, images, out/'figures'/'reconstructions.png', seed=options.seed,
+                             bands=options.bands)
         write_json(dict(task='pretrain', data=images.name, seed=options.seed) | last_metrics(learn), options.json)
     report_run(learn, out)
     return learn

@@ -20,7 +20,8 @@ from ..base.files import save_figure
 from ..base.keyed import key, uniform
 from ..data.browse import chosen_bands
 from ..data.crops import eval_transform
-from ..data.images import IMAGENET_MEAN, IMAGENET_STD, read_or_explain, standardize, unstandardize
+from ..data.bands import explained_picture
+from ..data.images import IMAGENET_MEAN, IMAGENET_STD, standardize, unstandardize
 from ..data.loader import Samples
 from ..model.patches import patchify, unpatchify
 from ..weights.building import load_mae
@@ -61,10 +62,13 @@ def show_reconstructions(
     side:float=1.6,                # inches a picture
     bands:tuple|None=None,         # one or three channels to show; the first three, or one of two, if None
     whole:bool=False,              # also a row of the whole prediction, in the places of visible patches too
+    stretch:bool=False,            # show two deviations around the mean of each channel, as 16 bits need it
 ) -> 'matplotlib.figure.Figure':  # noqa: F821
     "A column an image: original, what the encoder sees, and the prediction with the visible patches pasted in."
     import matplotlib.pyplot as plt
     pred, pasted, mask = reconstruct(model, imgs, noise)
+    if stretch:   # standardised values from -2 to 2 become 0 to 1
+        mean, std = (.5,) * imgs.shape[1], (.25,) * imgs.shape[1]
     real, pred, pasted = (_as_colours(unstandardize(x, mean, std), bands) for x in (imgs, pred, pasted))
     given = ',\n' + fill(model.target.shows, 16) if model.target.shows else ''   # what the true patches contribute
     hidden = torch.tensor(HIDDEN_COLOUR, device=real.device).view(3, 1, 1)
@@ -75,7 +79,10 @@ def show_reconstructions(
     size = side * len(imgs) + (2.8 if given else 2), side * len(rows) + .5
     fig, axs = plt.subplots(len(rows), len(imgs), figsize=size, squeeze=False, layout='constrained')
     share = f'{1 - mask.mean():.0%} of the patches are visible'
-    fig.suptitle(share if len(imgs) < 4 else f'{share}, the model predicts the others', fontsize=11)
+    title = share if len(imgs) < 4 else f'{share}, the model predicts the others'
+    if imgs.shape[1] not in (1, 3):
+        title += '\nchannels ' + ', '.join(map(str, chosen_bands(imgs.shape[1], bands)))
+    fig.suptitle(title, fontsize=11)
     for ax_row, (name, pictures) in zip(axs, rows, strict=True):
         for ax, picture in zip(ax_row, pictures, strict=True):
             ax.imshow(rearrange(picture, 'c h w -> h w c').cpu())
@@ -98,6 +105,7 @@ def save_reconstructions(
     file:Path,       # where the picture goes
     count:int=8,     # images shown: the first of each class, or else the first ones
     seed:int=0,      # of the masks
+    bands:tuple|None=None,   # one or three channels to show, counted from 0; as for `show_reconstructions` if None
 ) -> Path:
     "Draw reconstructions of a data set's images into a file."
     import matplotlib.pyplot as plt
@@ -109,16 +117,16 @@ def save_reconstructions(
     noise = uniform(key(seed, 0, torch.as_tensor(ids), 'mask'), model.num_patches)
     device = next(model.parameters()).device
     imgs = standardize(imgs.to(device), images.mean, images.std)
-    fig = show_reconstructions(model, imgs, images.mean, images.std, noise.to(device))
+    fig = show_reconstructions(model, imgs, images.mean, images.std, noise.to(device), bands=bands,
+                               stretch=images.bits == 16)
     save_figure(fig, file, dpi=110)
     plt.close(fig)
     return file
 
 def _for_channels(name:str, given:tuple|None, known:tuple, channels:int) -> tuple:
     "A number for each channel."
-    if channels not in (1, 3):
-        raise UsageError(f'the model takes {channels} channels, and image files are read with 1 or 3: '
-                         'in Python, show_reconstructions takes such images and their `bands`')
+    if given is None and channels not in (1, len(known)) and len(known) != 1:
+        raise UsageError(f'the weights do not state the mean and deviation of their {channels} channels: give `{name}`')
     values = known if given is None else given
     if len(values) not in (1, channels):
         raise UsageError(f'`{name}` has {len(values)} numbers and the model {channels} channels: give one for each')
@@ -132,6 +140,7 @@ def show(
     device:str|None=None,                   # such as 'cpu' or 'cuda:0'; the GPU if there is one if None
     mean:tuple|None=None,                   # of pixels in [0, 1], one for all channels or one each; the weights' own
     std:tuple|None=None,                    # the same for the deviation
+    bands:tuple|None=None,                  # one or three channels to show, counted from 0
     **options,                              # of `load_mae`: name, target, img_size, mask_ratio, mask
 ) -> Path:
     "Draw what a masked autoencoder makes of image files."
@@ -141,12 +150,13 @@ def show(
     opened = open_weights(weights)
     model, data = load_mae(opened, **options), opened.data
     known = (data['mean'], data['std']) if data else (IMAGENET_MEAN, IMAGENET_STD)
-    channels = model.encoder.in_chans
+    channels, bits = model.encoder.in_chans, (data or {}).get('bits', 8)
+    chosen_bands(channels, bands)   # a wrong one is an error before the pictures are read
     mean, std = (_for_channels(*pair, channels) for pair in (('mean', mean, known[0]), ('std', std, known[1])))
-    imgs = torch.stack([eval_transform(read_or_explain(f, channels), model.encoder.img_size) for f in images])
+    imgs = torch.stack([eval_transform(explained_picture(f, channels, bits), model.encoder.img_size) for f in images])
     model, imgs = model.to(get_device(device)), imgs.to(get_device(device))
     noise = uniform(key(seed, 0, torch.arange(len(imgs), device=imgs.device), 'mask'), model.num_patches)
-    fig = show_reconstructions(model, standardize(imgs, mean, std), mean, std, noise)
+    fig = show_reconstructions(model, standardize(imgs, mean, std), mean, std, noise, bands=bands, stretch=bits == 16)
     save_figure(fig, out, dpi=110)
     plt.close(fig)
     return Path(out)

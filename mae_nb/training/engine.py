@@ -222,7 +222,8 @@ class TaskLearner(Learner):
     @property
     def data_config(self) -> dict:
         images = self.dls.train.dataset.images
-        return dict(name=name_without_path(images.name), mean=images.mean, std=images.std, classes=list(images.classes))
+        return dict(name=name_without_path(images.name), mean=images.mean, std=images.std,
+                    classes=list(images.classes)) | ({} if images.bits == 8 else dict(bits=images.bits))
 
     def stop_wanted(self) -> int:
         "Whether a signal has come, to this process or, as `Guard` learned from the device, to another one."

@@ -21,7 +21,8 @@ from ..base.errors import UsageError
 from ..base.processes import processes
 from ..data.browse import draw_images
 from ..data.crops import eval_crop
-from ..data.images import read_or_explain, standardize
+from ..data.bands import explained_picture
+from ..data.images import standardize
 from .callbacks import DeviceRecorder, StopAt
 from .engine import TaskLearner
 from .familiar import RateTrial, check_callback, label_metric, layer_of, suggested_rates
@@ -233,13 +234,13 @@ class LabelLearner(FastaiLearner):
 
     @torch.no_grad()
     def predict(self,
-        item,             # an image file, an array (h, w) or (h, w, c) of uint8, or a tensor (c, h, w) of uint8
+        item,             # an image file, an array (h, w) or (h, w, c), or a tensor (c, h, w), of the set's bits
         with_input=False,
         **kwargs,         # of fastai's: rm_type_tfms; without effect
     ) -> tuple:           # the class, its number, each class's probability
         "The class of one picture, cut as in validation."
         images, device = self.dls.train.dataset.images, self.dls.device
-        img = eval_crop(as_image(item, images.in_chans), None, self.dls.train.dataset.size)
+        img = eval_crop(as_image(item, images.in_chans, images.bits), None, self.dls.train.dataset.size)
         x = standardize(img[None].to(device), images.mean, images.std)
         ema = self.find_callback('weight_ema')
         model = self.model if ema is None or ema.average is None else ema.average.module
@@ -253,15 +254,16 @@ class LabelLearner(FastaiLearner):
         return (img, *result) if with_input else result
 
 def as_image(
-    item,          # an image file, a PIL image, an array (h, w) or (h, w, c) of uint8, or a tensor (c, h, w) of uint8
+    item,          # an image file, a PIL image, an array (h, w) or (h, w, c), or a tensor (c, h, w)
     in_chans:int,  # channels wanted
-) -> torch.Tensor: # (c, h, w) uint8
+    bits:int=8,    # of a channel: uint8, or uint16
+) -> torch.Tensor: # (c, h, w) uint8 or uint16
     "One picture, from whatever holds it."
     if isinstance(item, (str, Path)):
-        return read_or_explain(item, in_chans)
+        return explained_picture(item, in_chans, bits)
     if not isinstance(item, torch.Tensor):
         pixels = np.array(item.convert('L' if in_chans == 1 else 'RGB') if hasattr(item, 'convert') else item)
         item = torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).movedim(-1, 0)
-    if item.ndim != 3 or item.dtype != torch.uint8 or len(item) != in_chans:
-        raise UsageError(f'an image must be uint8 with {in_chans} channels, got {tuple(item.shape)} {item.dtype}')
+    if item.ndim != 3 or item.dtype != getattr(torch, f'uint{bits}') or len(item) != in_chans:
+        raise UsageError(f'an image must be uint{bits} with {in_chans} channels, got {tuple(item.shape)} {item.dtype}')
     return item

@@ -104,7 +104,8 @@ def _hf_files(
     if 'fc_norm.weight' not in ours:
         files = {'config.json': hf_config(ours, img_size, num_heads, norm_eps=norm_eps, data=data, **decoder)}
         if data:
-            files['preprocessor_config.json'] = hf_preprocessor(img_size, data['mean'], data['std'])
+            files['preprocessor_config.json'] = hf_preprocessor(img_size, data['mean'], data['std'],
+                                                                 data.get('bits', 8))
         return files
     if norm_eps != 1e-6:
         raise UsageError(f'a classifier with average pooling is written for timm, whose norms add 1e-06, and this one '

@@ -39,6 +39,7 @@ def hf_preprocessor(
     img_size:tuple[int, int],  # (rows, columns) in pixels
     mean:list,                 # of each channel, with pixels from 0 to 1
     std:list,                  # deviation of each channel
+    bits:int=8,                # of a channel
 ) -> dict:                     # the content of preprocessor_config.json
     "How a picture becomes the model's input: resized, cut, and standardised."
     rows, columns = img_size
@@ -52,8 +53,9 @@ def hf_preprocessor(
         warnings.warn(f"transformers' pipelines open pictures in three channels, and this model has {len(mean)}: "
                       'give its processor arrays of that many channels', stacklevel=2)
     return dict(image_processor_type='BitImageProcessor', do_resize=True, **size,
-                crop_size=dict(height=rows, width=columns), resample=3, do_rescale=True, rescale_factor=1 / 255,
-                do_normalize=True, image_mean=list(mean), image_std=list(std), do_convert_rgb=len(mean) == 3)
+                crop_size=dict(height=rows, width=columns), resample=3, do_rescale=True,
+                rescale_factor=1 / (2**bits - 1), do_normalize=True, image_mean=list(mean), image_std=list(std),
+                do_convert_rgb=len(mean) == 3)
 
 # %% ../../nbs/weights/05_describing.ipynb #e10283ac
 def _hf_decoder(

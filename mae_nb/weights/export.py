@@ -148,7 +148,8 @@ def _describe(
         files = {'config.json': {}}
     if data and 'preprocessor_config.json' not in files:
         encoder = model.encoder if isinstance(model, MAE) else model
-        files['preprocessor_config.json'] = hf_preprocessor(encoder.img_size, data['mean'], data['std'])
+        files['preprocessor_config.json'] = hf_preprocessor(encoder.img_size, data['mean'], data['std'],
+                                                             data.get('bits', 8))
     about = dict(asdict(report), model=plain_config(model.config), classes=list((data or {}).get('classes') or ()))
     files['config.json'] = files['config.json'] | dict(mae_nb=about)
     for name, content in files.items():

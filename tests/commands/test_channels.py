@@ -1,6 +1,7 @@
 """Grey pictures with weights of three channels, and the reverse: a flag, and one line that names it without."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,3 +76,61 @@ def test_a_wrong_number_is_one_line(forked, words, message):
 def test_no_list_of_numbers(terminal):
     got = terminal('mae-pretrain', 'fashion', '--mean', 'bright')
     assert got.code == 2 and "--mean takes a number, or several with commas, got 'bright'" in got.line
+
+
+def write_scenes(root, bands=13):
+    "Made scenes of 16 bits in two classes, planar and in compressed tiles."
+    tifffile = pytest.importorskip('tifffile')
+    for i in range(16):
+        file = root/('train' if i < 12 else 'val')/('low' if i % 2 else 'high')/f'{i}.tif'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = np.linspace(0, 3000, 40)[None, :, None] * np.linspace(.5, 2, bands)[:, None, None]
+        noise = np.random.default_rng(i).integers(0, 500, (bands, 40, 36))
+        pixels = (rows + noise + (500 if i % 2 else 2000)).astype(np.uint16)
+        if i % 4 < 2:
+            tifffile.imwrite(file, pixels, photometric='minisblack', planarconfig='separate')
+        else:
+            tifffile.imwrite(file, np.moveaxis(pixels, 0, -1), photometric='minisblack', planarconfig='contig',
+                             tile=(16, 16), compression='zlib')
+    return root
+
+
+def test_thirteen_bands_of_sixteen_bits_from_statistics_to_an_export(forked, tmp_path):
+    write_scenes(tmp_path/'scenes')
+    got = forked('mae-pretrain', 'scenes', *NANO, *QUICK, '--set', 'batch_size=6')
+    assert got.code == 2 and 'mean and deviation are not known: run mae-check with --stats' in got.line, got
+    got = forked('mae-check', 'scenes', '--stats', '--num-workers', '0')
+    assert got.code == 0 and 'statistics of 12 images, 17,280 pixels of 13 channels, 16 bits' in got.out, got
+    quick = *QUICK[:2], '--bs', '6', *QUICK[4:]
+    got = forked('mae-pretrain', 'scenes', *NANO, *quick, '--bands', '3,2,1', '--out', 'run')
+    assert got.code == 0 and (tmp_path/'run'/'figures'/'reconstructions.png').stat().st_size > 5000, got
+    config, stats = config_of(tmp_path/'run'), json.loads((tmp_path/'scenes'/'mae_stats.json').read_text())
+    assert (config['mean'], config['std'], config['bits']) == (stats['mean'], stats['std'], 16)   # to the last digit
+    assert read_config(tmp_path/'run'/'model.safetensors')['data']['bits'] == 16
+    (tmp_path/'scenes'/'mae_stats.json').write_text(json.dumps(stats | dict(mean=[.5] * 13)))
+    assert forked('mae-pretrain', '--resume', 'run').code == 0   # with its own numbers
+    for command, words in dict(probe=('knn', 'scenes', 'run', '--set', 'k=3', '--bs', '6'),
+                               show=('run', 'scenes/val/low/13.tif', '--bands', '4,3,2'),
+                               embed=('scenes', 'run', '--out', 'features.npy')).items():
+        got = forked(f'mae-{command}', *words, *(() if command == 'show' else ('--num-workers', '0')))
+        assert got.code == 0, got
+    assert np.isfinite(np.load(tmp_path/'features.npy')).all()
+    for words, message in (('12,1', '--bands takes one or three channels from 0 to 12'), ('1,2,13', 'from 0 to 12')):
+        got = forked('mae-show', 'run', 'scenes/val/low/13.tif', '--bands', words)
+        assert got.code == 2 and message in got.line, got
+    got = forked('mae-convert', 'run', 'out.pth', '--format', 'official')
+    assert got.code == 0, got
+
+
+def test_channels_that_differ_from_the_models_are_one_line(forked, tmp_path, photos):
+    write_scenes(tmp_path/'scenes', bands=5)
+    assert forked('mae-check', 'scenes', '--stats', '--num-workers', '0').code == 0
+    assert forked('mae-pretrain', 'photos', *NANO, *QUICK, '--out', 'colour').code == 0
+    for words, message in (
+        (('mae-probe', 'knn', 'scenes', 'colour', '--num-workers', '0'), 'of 5 channels and the model takes 3'),
+        (('mae-embed', 'scenes', 'colour', '--out', 'x.npy'), 'takes 3 channels and scenes/val has 5'),
+        (('mae-show', 'colour', 'scenes/val/low/13.tif'), '13.tif cannot be read as an image: a TIFF of 5 bands'),
+        (('mae-finetune', 'scenes', 'colour', *QUICK[:2], '--bs', '6', '--in-chans', '5'), "RandAugment"),
+    ):
+        got = forked(*words)
+        assert got.code == 2 and message in got.line, got

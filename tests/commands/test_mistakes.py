@@ -29,7 +29,7 @@ def home(tmp_path_factory):
     (home/'mine').mkdir()
     turned.save(home/'mine'/'turned.jpg', exif=turned.getexif())
     for name, data in (('bill.pdf', b'%PDF-1.4\n'), ('scan.jpg', b'%PDF-1.4\n'), ('web.png', b'<html>404</html>'),
-                       ('phone.jpg', b'\0\0\0\x18ftypheic' + bytes(99)), ('IMG_1.HEIC', bytes(99))):
+                       ('phone.jpg', b'\0\0\0\x18ftypheic' + bytes(99)), ('IMG_1.CR2', bytes(99))):
         (home/'mine'/name).write_bytes(data)
     (home/'empty').mkdir()
     with zipfile.ZipFile(home/'photos.zip', 'w') as archive:
@@ -71,7 +71,8 @@ MISTAKES = [
     ('mae-show runs/pretrain-1 photos', 'photos cannot be read as an image: a folder: name an image file'),
     ('mae-show runs/pretrain-1 nowhere.jpg', 'no such image file: nowhere.jpg'),
     ('mae-show runs/pretrain-1 mine/bill.pdf', 'mine/bill.pdf cannot be read as an image: a PDF document'),
-    ('mae-show runs/pretrain-1 mine/phone.jpg', 'a HEIC picture, which is not read here: save it as JPEG or PNG'),
+    ('mae-show runs/pretrain-1 mine/phone.jpg',
+     'a HEIC picture, damaged or without its reader (the extra heic): save it as JPEG or PNG'),
     ('mae-show mine/turned.jpg runs/pretrain-1', 'mine/turned.jpg cannot be read as weights: it is no'),
     ('mae-pack flat', 'flat is not packed, so it cannot be checked: name the folder to pack it into, such'),
     ('mae-pack photos photos', 'photos exists already and is not empty: name another folder'),
@@ -91,7 +92,7 @@ def test_photographs_with_other_files_among_them(home):
     got = begin_command(home, 'mae-check', 'mine', '--json', 'mine.json')[1]()
     assert got.code == 1 and not got.err, got
     assert 'smallest 64 x 40, largest 64 x 40' in got.out   # turned
-    assert '2 files (1 .heic, 1 .pdf) passed over' in got.out
+    assert '2 files (1 .cr2, 1 .pdf) passed over' in got.out
     for line in ('mine/scan.jpg: ValueError: a PDF document', 'mine/web.png: ValueError: a web page and no picture'):
         assert line in got.out, got.out
 

@@ -21,7 +21,8 @@ from mae_nb.base.errors import UsageError
 from mae_nb.data.archives import parquet_parts
 from mae_nb.data.check import check_source, check_table
 from mae_nb.data.datasets import ImageSet, folder_set, folder_sets, load_source, read_source, split_labelled
-from mae_nb.data.images import image_endings, read_image
+from mae_nb.data.formats import image_endings
+from mae_nb.data.images import read_image
 from mae_nb.data.inventory import Names, Paths, is_hidden, read_labels, take_inventory
 from mae_nb.data.loader import get_dls
 from mae_nb.data.packing import pack_source
@@ -29,7 +30,7 @@ from mae_nb.training.presets import RECIPES
 
 JPEG = encode(made_image(0, 16, 16))
 WORDS = st.text(string.ascii_lowercase + '-.', min_size=1, max_size=4).filter(lambda w: w not in ('.', '..'))
-FILES = st.tuples(WORDS, st.sampled_from(['.jpg', '.PNG', '.txt', '.jxl', '']))
+FILES = st.tuples(WORDS, st.sampled_from(['.jpg', '.PNG', '.txt', '.psd', '']))
 
 
 def fill(folder, *names, data=JPEG):
@@ -63,7 +64,7 @@ def test_every_file_is_an_image_or_counted(given_files):
         try:
             found = take_inventory(folder, frozenset({'.jpg', '.png'}))
         except UsageError as e:
-            assert 'would vanish' in str(e) and any(f.suffix == '.jxl' for f in files)
+            assert 'would vanish' in str(e) and any(f.suffix == '.psd' for f in files)
             return
         assert list(found.images) == sorted(folder/f for f in wanted)   # also their order
         assert len(found.images) + found.passed.total() == len(files) and found.hidden == len(under_hidden)
@@ -75,17 +76,17 @@ def test_every_file_is_an_image_or_counted(given_files):
 
 
 def test_other_endings_and_empty_classes_are_reported(tmp_path, capsys):
-    fill(tmp_path, 'a/1.jpg', 'a/2.HEIC', 'b/3.jpg', 'b/4.jxl', 'd/notes.txt')
+    fill(tmp_path, 'a/1.jpg', 'a/2.CR2', 'b/3.jpg', 'b/4.psd', 'd/notes.txt')
     assert load_source(tmp_path)[0].classes == ['a', 'b']
     out = printed(capsys)
-    assert '3 files (1 .heic, 1 .jxl, 1 .txt) passed over' in out and 'the folder d has no images' in out
-    fill(tmp_path, 'c/5.HEIC')
-    with pytest.raises(UsageError, match=r'the class c in .* would vanish: .*1 file \(1 .heic\)'):
+    assert '3 files (1 .cr2, 1 .psd, 1 .txt) passed over' in out and 'the folder d has no images' in out
+    fill(tmp_path, 'c/5.CR2')
+    with pytest.raises(UsageError, match=r'the class c in .* would vanish: .*1 file \(1 .cr2\)'):
         load_source(tmp_path)
 
 
 def test_the_check_reports_what_was_passed_over(tmp_path):
-    fill(tmp_path, 'a/1.jpg', 'a/2.HEIC', 'b/3.jpg')
+    fill(tmp_path, 'a/1.jpg', 'a/2.CR2', 'b/3.jpg')
     Image.new('L', (20, 20), 7).save(tmp_path/'a'/'flat.png')
     frames = [Image.fromarray(np.random.default_rng(i).integers(0, 9, (20, 20), dtype=np.uint8)) for i in range(3)]
     frames[0].save(tmp_path/'b'/'pages.tiff', save_all=True, append_images=frames[1:])
@@ -94,7 +95,7 @@ def test_the_check_reports_what_was_passed_over(tmp_path):
     assert [Path(f).name for f in part['flat']] == ['flat.png'] and part['frames'][0]['frames'] == 3
     assert [Path(f).name for f in part['dark']] == ['pages.tiff'] and part['labels'] == (0, 1)
     text = check_table(report)
-    for line in ('1 .heic', 'of one value', 'nearly black', 'pages.tiff: 3', 'labels from 0 to 1'):
+    for line in ('1 .cr2', 'of one value', 'nearly black', 'pages.tiff: 3', 'labels from 0 to 1'):
         assert line in text
 
 
@@ -150,7 +151,7 @@ def test_parts_go_by_many_names(tmp_path, train, valid):
     (['val/a/1.jpg'], 'has val and no folder train'),
     (['a/1.jpg', 'b/2.jpg', 'test/a/3.jpg'], 'has a folder test with folders in it beside a, b'),
     (['train/a/1.jpg', 'Train/a/1.jpg'], 'several folders of training images'),
-    (['shard-0.tar', 'shard-1.tar'], '2 tars, which are not read as images: unpack them')])
+    (['shard-0.tar', 'shard-1.tar'], 'shard-0.tar cannot be read as an uncompressed tar')])
 def test_folders_that_would_be_misread_are_refused(tmp_path, names, message):
     with pytest.raises(UsageError, match=message):
         load_source(fill(tmp_path, *names))
