@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show', 'mae_convert', 'mae_pack', 'mae_check', 'mae_bench',
-           'mae_plan', 'mae_study', 'mae_replay', 'mae_demo']
+           'mae_plan', 'mae_study', 'mae_replay', 'mae_demo', 'mae_course']
 
 # %% ../nbs/commands.ipynb #0a1d0231
 from .command_line import Blocks, Numbers, Positional, Repeatable, Size, cli, command, is_cli
-from .model_commands import mae_embed, mae_eval, mae_neighbours  # noqa: F401   for the console scripts
+from .model_commands import mae_embed, mae_eval, mae_neighbours, mae_segment  # noqa: F401   for the console scripts
 
 # %% ../nbs/commands.ipynb #40ca6fc3
 @cli('path/to/photos --model mae_vit_tiny_patch16 --recipe pretrain_small', 'fashion --epochs 2 --set mask_ratio=.6',
@@ -38,6 +38,7 @@ def mae_pretrain(
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Pretrain a masked autoencoder."
@@ -47,7 +48,8 @@ def mae_pretrain(
                                   epochs=epochs, max_steps=max_steps, bs=bs, seed=seed, num_workers=num_workers,
                                   device=device, decode=decode, in_chans=in_chans, mean=mean, std=std,
                                   bits=bits, bands=bands, parallel=parallel, resume=resume,
-                                  save_every=save_every, if_full=if_full, data_check=data_check).resolved()
+                                  save_every=save_every, if_full=if_full, data_check=data_check,
+                                  log=log).resolved()
         run.out = options.out
         return pretrain(options)
 
@@ -79,6 +81,7 @@ def mae_finetune(
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Fine-tune a pretrained encoder with labels, end to end, or train a new one from scratch."
@@ -89,7 +92,7 @@ def mae_finetune(
                                   seed=seed, num_workers=num_workers, device=device, decode=decode, json=json,
                                   in_chans=in_chans, mean=mean, std=std, bits=bits, parallel=parallel,
                                   resume=resume, save_every=save_every, if_full=if_full,
-                                  data_check=data_check).resolved()
+                                  data_check=data_check, log=log).resolved()
         run.out = options.out
         return finetune(options)
 
@@ -120,6 +123,7 @@ def mae_probe(
     save_every:int=500,    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop',    # stop, or continue without saving, when the disk is full
     data_check:str='sizes',  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:str=None,          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Measure what a pretrained encoder knows: frozen, or with its last blocks trained."
@@ -129,7 +133,7 @@ def mae_probe(
                                set=set, epochs=epochs, max_steps=max_steps, bs=bs, seed=seed,
                                num_workers=num_workers, device=device, decode=decode, in_chans=in_chans, mean=mean,
                                std=std, bits=bits, json=json, resume=resume, save_every=save_every,
-                               if_full=if_full, data_check=data_check).resolved()
+                               if_full=if_full, data_check=data_check, log=log).resolved()
         run.out = options.out
         return probe(options)
 
@@ -369,3 +373,17 @@ def mae_demo(
         run.out = resume or out or demo_folder(data)
         return demo(data, epochs=epochs, seed=seed, seeds=seeds, out=None if resume else run.out,
                     num_workers=num_workers, device=device, resume=resume, json=json)
+
+# %% ../nbs/commands.ipynb #c0a70002
+@cli('student --out for-students', 'teacher --out for-teachers', 'slides --out lecture.html')
+def mae_course(
+    what:Positional=None,  # student: chapters with blanks; teacher: with solutions and notes; slides: the lecture
+    out:str=None,          # the folder to write, new or empty; for slides a new .html file
+    book:str=None,         # the folder nbs of a clone; by default that of this package, if it is one
+    debug:bool=False,      # show the whole traceback of an error
+):
+    "Write the course for students, for teachers, or as slides for a lecture of 90 minutes."
+    with command(mae_course, debug) as run:
+        from mae_nb.tasks.slides import write_material
+        run.out = out
+        return write_material(what, out, book)

@@ -93,6 +93,11 @@ class ImageSet:
             raise UsageError(f'{self.name} has {self.in_chans} channels of {self.bits} bits, whose mean and deviation '
                              'are not known: run mae-check with --stats on the data once, or give `mean` and `std`')
 
+    @property
+    def companions(self) -> list:
+        "Sets of files that belong to these images and are no images, such as masks: a resumed run compares them too."
+        return []
+
     def data(self, i:int) -> bytes:
         "The content of the file of image number `i`."
         item = self.items[i]

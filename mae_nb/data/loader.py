@@ -21,6 +21,7 @@ from ..base.errors import UsageError
 from ..base.keyed import generator, key
 from ..base.names import pick, to_pair
 from ..base.processes import processes, rank
+from ..base.stores import StoreError
 from .augment import augment_of
 from .browse import Browsing
 from .crops import CenterCrop, Transform, as_transform, eval_crop
@@ -61,6 +62,8 @@ class KeyedBatches:
                 yield [(self.epoch, i) for i in own]
 
 # %% ../../nbs/data/09_loader.ipynb #0fbcfb86
+_NO_REPLACEMENT = 'no replacement found'
+
 class Samples(Dataset):
     "An image set as a data set of PyTorch, keyed by (epoch, index); a bad file is replaced by another, chosen by key."
     max_tries = 20   # images that may be bad, one after the other, before the search ends
@@ -136,13 +139,17 @@ class Samples(Dataset):
         while len(bad) <= self.max_tries:
             try:
                 return self._read_image(number, (epoch, index), shrink, decode), number, bad
+            except StoreError as e:   # no fault of the picture: another one must not replace it
+                return self._black(), number, [(None, str(e))]
             except Exception as e:
                 bad.append((number, error_text(e)))
             if len(bad) <= self.max_tries:
                 number = key(self.seed, epoch, index, 'replace', len(bad)) % len(self)
         # the loader raises the error: one that a worker raises comes wrapped in a traceback
-        black = torch.zeros(self.images.in_chans, *self.size, dtype=self.images.dtype)
-        return black, number, [*bad, (None, 'no replacement found')]
+        return self._black(), number, [*bad, (None, _NO_REPLACEMENT)]
+
+    def _black(self) -> torch.Tensor:
+        return torch.zeros(self.images.in_chans, *self.size, dtype=self.images.dtype)
 
     def _read_image(self, number:int, sample:tuple, shrink:Callable, decode:str):
         "An image, or an `EncodedJpeg` if the device is to decode it."
@@ -279,6 +286,8 @@ class Loader(Browsing):
 
     def _note(self, bad:list):
         "Name each bad file once; stop if there are too many."
+        if lost := [reason for number, reason in bad if number is None and reason != _NO_REPLACEMENT]:
+            raise StoreError(lost[0])
         hopeless = any(number is None for number, _ in bad)
         new = {number: reason for number, reason in bad if number is not None and number not in self.bad}
         allowed = self.allowed_bad
@@ -328,6 +337,7 @@ def get_dls(
     num_workers:int|None=None,         # processes that read and crop; None: 0 from memory, else one a core, at most 8
     device=None,                       # where batches go; the GPU if there is one
     decode:str='cpu',                  # one of `DECODE`: who decodes JPEGs
+    transforms:tuple|None=None,        # (training, validation) `Transform`s instead of the recipe's and the middle crop
 ):                                     # fastai's `DataLoaders` of (images uint8, sample index, labels)
     "Loaders for training and, if the source has a set for it, validation."
     from fastai.data.core import DataLoaders   # slow to import
@@ -341,9 +351,10 @@ def get_dls(
         check_device(device)
     augment = augment_of(recipe, train.mean, train.std)
     check_bands(train, augment)
-    sets = [Samples(train, size, seed, augment, recipe.repeats, decode)]
+    first, second = transforms or (augment, augment if recipe.views > 1 else eval_crop)
+    sets = [Samples(train, size, seed, first, recipe.repeats, decode)]
     if valid is not None:   # views are what the loss compares, in validation too
-        sets.append(Samples(valid, size, seed, augment if recipe.views > 1 else eval_crop, decode=decode))
+        sets.append(Samples(valid, size, seed, second, decode=decode))
     loaders = [Loader(s, bs, s is sets[0], num_workers, device.type == 'cuda', rank(), processes()) for s in sets]
     dls = DataLoaders(*loaders, device=device)
     dls.n_inp, dls.seed = 1, seed

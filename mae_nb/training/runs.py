@@ -25,11 +25,12 @@ from ..base.files import LOCK, lock_folder, read_json, save_figure, unlock_folde
 from ..base.names import RANGES, check_ranges, pick
 from ..base.processes import broadcast_value, rank
 from ..base.settings import setting
-from ..base.signals import hide_errors_of
 from ..base.tables import add_row, plot_metrics, read_metrics, start_table
 from ..data.stats import with_kept_stats
 from .presets import default_model, default_recipe, pick_recipe, recipe_from_flags
+from .progress import EventBoard
 from .recipes import Recipe
+from .trackers import check_trackers, read_trackers
 from ..weights.loading import save_model
 from ..weights.reading import checkpoints_in
 
@@ -129,29 +130,16 @@ class RunWriter(Callback):
     def before_train(self):
         if self.board is None:
             self.before_fit()   # a checkpoint has put back what it found
-            from torch.utils.tensorboard import SummaryWriter
-            # events that a killed run has left beyond this step are dropped
-            self.board = SummaryWriter(str(self.out), purge_step=self.train_iter or None)
-            self.show_errors = hide_errors_of('tensorboard')   # the next event raises them here
+            done = getattr(self.learn, 'begin_at', (0, 0))[1]   # batches of this epoch, whose losses are written again
+            self.board = EventBoard(self.out, self.train_iter - done + bool(done))
 
     def after_epoch(self):
         values, lr, pace = list(self.recorder.log), self.recorder.lrs[-1], self.pace.report
         add_row(self.out/'metrics.csv', ['' if v is None else v for v in values] + [lr, int(self.guard.skipped)])
         add_row(self.out/'timing.csv', [self.epoch, *('' if v is None else f'{v:.4f}' for v in pace.values())])
-        self.write_board(dict(zip(self.recorder.metric_names[1:], values[1:], strict=True)), dict(lr=lr) | pace)
-
-    def write_board(self, metrics:dict, pace:dict):
-        "TensorBoard events of an epoch: its metrics, each step's loss, its rate and speed."
-        for name, value in metrics.items():
-            if value is not None:
-                self.board.add_scalar(name, value, self.train_iter)
-        new = len(self.recorder.new)
-        for step, loss in enumerate(self.recorder.losses[-new:], self.train_iter - new):
-            self.board.add_scalar('step_loss', loss, step)
-        for name, value in pace.items():
-            if value is not None:
-                self.board.add_scalar(name, value, self.train_iter)
-        self.board.flush()
+        metrics, losses = zip(self.recorder.metric_names[1:], values[1:], strict=True), self.recorder.losses
+        losses = losses[len(losses) - len(self.recorder.new):]
+        self.board.write(dict(metrics), losses, dict(lr=lr) | pace, self.train_iter)
 
     @property
     def evaluated(self):
@@ -169,7 +157,6 @@ class RunWriter(Callback):
 
     def close(self):
         if self.board:
-            self.show_errors()
             board, self.board = self.board, None
             board.close()
 
@@ -181,6 +168,9 @@ def report_run(
     "Print where everything is, how many files could not be read, and the peak memory."
     if rank():
         return
+    trackers = getattr(learn, 'trackers', None)
+    if trackers is not None:
+        trackers.finish()   # with the pictures of the task
     unlock_folder(out)
     unreadable = sum(len(dl.bad) for dl in learn.dls.loaders)
     if unreadable:
@@ -207,10 +197,11 @@ def write_json(
             write_whole(file, json.dumps(result, indent=1) + '\n')
 
 # %% ../../nbs/training/11_runs.ipynb #2600b002
-FREE = tuple('num_workers device parallel save_every if_full data_check json jobs bands'.split())   # change no run
+# options that leave a run what it is
+FREE = 'num_workers', 'device', 'parallel', 'save_every', 'if_full', 'data_check', 'log', 'json', 'jobs', 'bands'
 IMAGES = 'in_chans', 'mean', 'std', 'bits'   # named in `config.json` only where they are given
 COMMANDS = dict(pretrain='mae-pretrain', finetune='mae-finetune', linear='mae-probe', partial='mae-probe',
-                attentive='mae-probe', knn='mae-probe', study='mae-study')   # task in `config.json` -> its command
+                attentive='mae-probe', knn='mae-probe', study='mae-study', segment='mae-segment')   # task -> command
 
 def absolute_path(
     name:str|None,  # a data set's name, a folder or a file
@@ -245,10 +236,12 @@ class RunOptions:
     save_every:int=500    # optimizer steps from one checkpoint to the next; one more at each epoch's end
     if_full:str='stop'    # stop, or continue without saving, when the disk is full
     data_check:str='sizes'  # a resumed run compares its data: names and sizes, contents, or accept a difference
+    log:tuple=()          # trackers besides TensorBoard: wandb, trackio, mlflow, several with commas; or none
     json:str=None         # also write the numbers to this file
 
     def __post_init__(self):
         object.__setattr__(self, 'set', (self.set,) if isinstance(self.set, str) else tuple(self.set or ()))
+        object.__setattr__(self, 'log', read_trackers(self.log))
         check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES and value != 'all'})
 
     @property
@@ -272,7 +265,8 @@ class RunOptions:
 
     def learner_options(self) -> dict:
         "What a `TaskLearner` takes from here."
-        return {k: getattr(self, k) for k in ('max_steps', 'save_every', 'if_full', 'data_check', 'parallel')}
+        names = 'max_steps', 'save_every', 'if_full', 'data_check', 'parallel', 'log'
+        return {name: getattr(self, name) for name in names}
 
     @property
     def image_options(self) -> dict:
@@ -288,6 +282,8 @@ class RunOptions:
         "Plain data for `config.json`: all but the folder itself, with paths that hold from anywhere."
         unset = {'out', 'resume', *IMAGES} - self.image_options.keys()
         config = {k: v for k, v in asdict(self).items() if k not in unset}
+        if not self.log:   # not named where there are none, as always
+            del config['log']
         return config | {k: absolute_path(config[k]) for k in ('data', 'weights') if k in config}
 
     def resumed(self) -> 'RunOptions':
@@ -310,6 +306,7 @@ class RunOptions:
     def resolved(self) -> 'RunOptions':
         "As `resumed`, with a new run folder if none is named."
         options = self.resumed()
+        check_trackers(options.log)   # before anything is read
         return options if options.out else replace(options, out=str(next_run(options.task)))
 
 # %% ../../nbs/training/11_runs.ipynb #1a000007
