@@ -152,7 +152,8 @@ def mae_show(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Draw what a masked autoencoder makes of your images."
-    with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed, mean=mean, std=std):
+    with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed, mean=mean, std=std,
+                 bands=bands):
         from mae_nb.tasks.visualize import show
         options = dict(name=model, target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
         options = {k: v for k, v in options.items() if v is not None}
