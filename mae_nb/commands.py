@@ -156,7 +156,8 @@ def mae_show(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Draw what a masked autoencoder makes of your images."
-    with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed, mean=mean, std=std):
+    with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed, mean=mean, std=std,
+                 bands=bands):
         from mae_nb.tasks.visualize import show
         options = dict(name=model, target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
         options = {k: v for k, v in options.items() if v is not None}
@@ -223,7 +224,8 @@ def mae_check(
     debug:bool=False,      # show the whole traceback of an error
 ):
     "Read a data set once and list what would trouble a run; exits with 1 where a file cannot be read."
-    with command(mae_check, debug, num_workers=num_workers, img_size=img_size, few=few, in_chans=in_chans):
+    with command(mae_check, debug, num_workers=num_workers, img_size=img_size, few=few, in_chans=in_chans,
+                 bits=bits):
         from mae_nb.data.check import check_source, check_table, keep_stats
         from mae_nb.model.mae import SIZES
         from mae_nb.training.presets import default_model

@@ -38,7 +38,8 @@ RANGES = {       # a flag or parameter -> smallest, largest, whole numbers only
     'steps': (1, _HUGE, True), 'pairs': (1, _HUGE, True), 'gpus': (1, 1_000_000, True), 'few': (0, _HUGE, True),
     'seeds': (1, 1_000_000, True), 'labels': (0, _HUGE, True), 'minutes': (1e-9, _HUGE, False),
     'jobs': (1, 4096, True), 'max_side': (1, 65_536, True), 'quality': (1, 100, True),
-    'per_shard': (1, 1_000_000, True), 'in_chans': (1, 4096, True), 'mean': (0, 1, False), 'std': (1e-6, 1, False),
+    'per_shard': (1, 1_000_000, True), 'in_chans': (1, 4096, True), 'bits': (8, 16, True), 'bands': (0, 4095, False),
+    'mean': (0, 1, False), 'std': (1e-6, 1, False),
     'blocks': (0, 4096, False), 'k': (1, _HUGE, True), 'block': (-1, 4096, True),
     'price': (0, _HUGE, False), 'memory': (1e-3, _HUGE, False), 'mask_ratio': (1e-9, 1 - 1e-9, False),
 }
