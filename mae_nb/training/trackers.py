@@ -123,8 +123,8 @@ class MlflowTracker(Tracker):
     def start(self, config, out, name):
         defaults = dict(MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_LOGGING_LEVEL='WARNING',
                         MLFLOW_HTTP_REQUEST_MAX_RETRIES='1', MLFLOW_HTTP_REQUEST_TIMEOUT='20')
-        for name, value in defaults.items():   # read when it is imported
-            os.environ.setdefault(name, value)
+        for variable, value in defaults.items():   # read when it is imported
+            os.environ.setdefault(variable, value)
         require('sqlalchemy', self.extra)
         self.client = require(self.package, self.extra).MlflowClient(
             os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{out.resolve()}/mlflow.db')
