@@ -1,15 +1,52 @@
-"""How long a chapter takes to read; `python tests/reading.py` writes it into the map in nbs/index.ipynb."""
+"""How long a chapter takes; `python tests/reading.py` writes it into the map in nbs/index.ipynb.
+
+Reading: the words of the prose at 200 a minute, half a minute for every 15 lines of a code cell that defines or
+computes something, a quarter for a picture, six seconds for a cell of checks. Imports, hidden cells and sections marked "for the curious"
+count nothing. Exercises of the course: the minutes that are stated for teachers; of other chapters: three each.
+"""
 import json
 import re
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 INDEX = NBS/'index.ipynb'
 WORDS_A_MINUTE = 200
-MINUTES_A_CELL = .5       # a code cell that a reader sees, with its output
-MINUTES_AN_EXERCISE = 3
+MINUTES_A_CELL = .5       # up to 15 lines of code that define or compute something, with their output
+LINES_A_CELL = 15
+MINUTES_A_PICTURE = .25   # its drawing is passed over
+MINUTES_A_CHECK = .1      # a glance
+MINUTES_AN_EXERCISE = 3   # where none are stated
+LONGEST = 30              # minutes of reading of a chapter of the course
+COURSE = 7 * 60           # minutes of the course, with its exercises
+CURIOUS = '(for the curious)'
 ROW = re.compile(r'^(\|.*\]\(([^)]+\.ipynb)\).*\|) *(\d*) *\|$', re.M)       # a chapter of the map, minutes last
 TOTAL = re.compile(r'^(\| *\| the whole course \|.*\|) *(\d*) *\|$', re.M)
+NOTE = re.compile(r'<!-- teacher, (\d+) minutes: .*?-->', re.S)
+EXERCISE = re.compile(r'^\*\*\d+\.\*\*', re.M)
+
+
+@dataclass
+class Counts:
+    "What a reader meets in a chapter."
+    words: int = 0
+    cells: int = 0       # up to 15 lines that define or compute something
+    pictures: int = 0
+    checks: int = 0
+    exercises: int = 0
+    stated: int = 0      # minutes of the exercises, as stated
+
+    @property
+    def reading(self) -> float:
+        "Minutes without exercises."
+        return (self.words / WORDS_A_MINUTE + self.cells * MINUTES_A_CELL + self.pictures * MINUTES_A_PICTURE
+                + self.checks * MINUTES_A_CHECK)
+
+    @property
+    def practising(self) -> float:
+        "Minutes of the exercises."
+        return self.stated or self.exercises * MINUTES_AN_EXERCISE
 
 
 def source(cell: dict) -> str:
@@ -23,19 +60,59 @@ def is_read(cell: dict) -> bool:
     return not hidden and any(not line.startswith(('import ', 'from ')) for line in lines)
 
 
-def counts(file: Path) -> tuple[int, int, int]:
-    "Words of prose, code cells that are read, and exercises."
-    cells = json.loads(file.read_text())['cells']
-    prose = '\n'.join(source(c) for c in cells if c['cell_type'] == 'markdown')
-    code = sum(c['cell_type'] == 'code' and is_read(c) for c in cells)
-    return len(prose.split()), code, len(re.findall(r'^\*\*\d+\.\*\*', prose, re.M))
+def kind(cell: dict) -> str:
+    "The field of `Counts` that a code cell counts in."
+    exported = re.match(r'#\| ?export', source(cell))
+    if any('image/png' in output.get('data', {}) for output in cell.get('outputs', [])):
+        return 'pictures'
+    checks = re.search(r'\b(test_\w+\(|assert\b|raises\()', source(cell))
+    return 'checks' if checks and not exported and not cell.get('outputs') else 'cells'
+
+
+def parts(file: Path) -> list[tuple[str, dict | None, str]]:
+    "(section, code cell or None, text) of a chapter, without the sections for the curious."
+    found, section, skipped = [], '', 0   # the level of the heading that is skipped, 0: none
+    for cell in json.loads(file.read_text())['cells']:
+        pieces = [source(cell)] if cell['cell_type'] == 'code' else re.split(r'^(?=#+ )', source(cell), flags=re.M)
+        for text in pieces:
+            heading = None if cell['cell_type'] == 'code' else re.match(r'(#+) (.*)', text)
+            if heading and not (skipped and len(heading[1]) > skipped):
+                skipped = len(heading[1]) if heading[2].endswith(CURIOUS) else 0
+            if heading and len(heading[1]) <= 2:
+                section = heading[2]
+            if not skipped:
+                found.append((section, cell if cell['cell_type'] == 'code' else None, text))
+    return found
+
+
+def counts(file: Path) -> Counts:
+    "What is read and practised; the prose and code of exercises are part of their own minutes, where these are stated."
+    total, chapter = Counts(), parts(file)
+    total.stated = sum(int(minutes) for _, _, text in chapter if '(For the curious.)' not in text
+                       for minutes in NOTE.findall(text))
+    for section, cell, text in chapter:
+        exercise = section == 'Try it'
+        if cell is None:
+            total.exercises += len(EXERCISE.findall(text))
+        if exercise and total.stated:
+            continue
+        if cell is None:
+            total.words += len(NOTE.sub('', text).split())
+        elif is_read(cell):
+            pieces = ceil(len(text.splitlines()) / LINES_A_CELL) if kind(cell) == 'cells' else 1
+            setattr(total, kind(cell), getattr(total, kind(cell)) + pieces)
+    return total
+
+
+def exact_minutes(file: Path) -> float:
+    "Minutes of a chapter, with its exercises."
+    found = counts(file)
+    return found.reading + found.practising
 
 
 def minutes(file: Path) -> int:
-    "Reading minutes, rounded to five."
-    words, code, exercises = counts(file)
-    exact = words / WORDS_A_MINUTE + code * MINUTES_A_CELL + exercises * MINUTES_AN_EXERCISE
-    return max(5 * round(exact / 5), 5)
+    "The same, rounded to five."
+    return max(5 * round(exact_minutes(file) / 5), 5)
 
 
 def map_rows(text: str) -> dict[str, int]:
@@ -51,7 +128,7 @@ def course(text: str) -> str:
 def updated(text: str) -> str:
     "A map with the minutes of today's chapters."
     text = ROW.sub(lambda row: f'{row[1]} {minutes(NBS/row[2])} |', text)
-    total = sum(map_rows(course(text)).values())
+    total = 5 * round(sum(exact_minutes(NBS/file) for file in map_rows(course(text))) / 5)
     return TOTAL.sub(lambda row: f'{row[1]} {total} |', text)
 
 
@@ -66,3 +143,7 @@ def update_index():
 
 if __name__ == '__main__':
     update_index()
+    text = next(source(c) for c in json.loads(INDEX.read_text())['cells'] if '### The course' in source(c))
+    for file in map_rows(course(text)):
+        found = counts(NBS/file)
+        print(f'{file:30} {found.reading:5.1f} to read, {found.practising:3.0f} to practise   {found}')
