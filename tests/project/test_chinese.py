@@ -125,8 +125,9 @@ def test_a_translation_is_set_as_chinese_is(file):
 
 # ---- terms -----------------------------------------------------------------------------------------------------------
 
-SHORT = {'head': '头', 'hidden patch': '被遮', 'seed': '种子', 'student': '学生', 'target': '目标', 'teacher': '教师'}
-OTHER_SENSE = {'f0a6600b': 'view', 'be000006': 'head', '2d699ced': 'head'}   # cells that use the word for another thing
+SHORT = {'head': '头', 'hidden patch': '被遮', 'mixed precision': '混合精度', 'seed': '种子', 'student': '学生',
+         'target': '目标', 'teacher': '教师', 'visible patch': '可见'}
+OTHER_SENSE = {'be000006': 'head', '2d699ced': 'head', 'f0a6600b': 'view', '2f116156': 'view', 'cf98636c': 'patch'}
 NAMES_AND_TITLES = 'bibliography'
 
 
