@@ -3,7 +3,9 @@
 A file `zh/<chapter>.md` has a section for each markdown cell of `nbs/<chapter>.ipynb`: a line
 `<!-- cell ID FINGERPRINT -->`, then the translation. The fingerprint is that of the English text it was made from.
 A translator writes `new` in its place, and `python zh/build.py --stamp` puts the fingerprint of today's text there.
-Code and outputs are those of the English notebooks."""
+Code and outputs are those of the English notebooks.
+
+For a class: `mae-course student --out class`, then `python zh/build.py --book class --out class_zh`."""
 import argparse
 import hashlib
 import json
@@ -22,6 +24,8 @@ LINK = re.compile(r'\]\((?!https?:|#|mailto:|attachment:)([^)\s#]+)')
 MAP = '### The course'   # the index's cell with the map of the book has it
 MINUTES = re.compile(r'^(\|.*\|) (\d+) \|$', re.M)   # a row of the map: minutes last
 NO_MINUTES = re.compile(r'^(\|.*\|) \|$', re.M)
+CHAPTER_LINK = re.compile(r'\[([^\]]+)\]\(([^):]+\.ipynb)\)')
+NOTE = re.compile(r'\n*<!-- teacher, \d+ minutes: (.*?) -->', re.S)   # with an exercise, for `mae-course`
 NO_CHAPTER = '> *本章尚无中文译文,以下为英文原文。*'
 NO_CELL = '> *这一段尚无中文译文。*'
 OLD_CELL = '> *这一段的英文原文在翻译之后有改动。*'
@@ -65,8 +69,8 @@ def translations() -> list[Path]:
     return sorted(ZH.rglob('*.md'))
 
 
-def notebooks() -> list[Path]:
-    return [f for f in sorted(NBS.rglob('*.ipynb')) if '.ipynb_checkpoints' not in f.parts]
+def notebooks(book: Path = NBS) -> list[Path]:
+    return [f for f in sorted(book.rglob('*.ipynb')) if '.ipynb_checkpoints' not in f.parts]
 
 
 def sections(translation: Path) -> dict[str, Section]:
@@ -124,39 +128,61 @@ def translated(cell: dict, chapter: dict[str, Section]) -> str:
     return chinese if section.made_from == fingerprint(without_minutes(text)) else f'{OLD_CELL}\n\n{chinese}'
 
 
-def moved_links(text: str, old: Path, new: Path) -> str:
-    "Links out of nbs/ as they are from the folder `new`; links inside stay, because the whole book moves."
+def bare(text: str) -> str:
+    "A text without notes for teachers, and with the words of a link to a chapter only."
+    return CHAPTER_LINK.sub(r'\1', NOTE.sub('', text))
+
+
+def as_in(text: str, original: str, chinese: str) -> str:
+    """The Chinese for a cell of a version of the book, which may lack notes for teachers and links to chapters, and may
+    have lines at its end; the cell as it is if it has another text, such as a blank for an answer."""
+    if text == original:
+        return chinese
+    if not bare(text).startswith(bare(original)):
+        return text
+    targets = {link[2] for link in CHAPTER_LINK.finditer(text)}
+    chinese = CHAPTER_LINK.sub(lambda link: link[0] if link[2] in targets else link[1], chinese)
+    return (chinese if NOTE.search(text) else NOTE.sub('', chinese)) + bare(text)[len(bare(original)):]
+
+
+def moved_links(text: str, old: Path, new: Path, book: Path) -> str:
+    "Links out of the book as they are from the folder `new`; links inside stay, because the whole book moves."
     def moved(match):
         target = (old/match[1]).resolve()
-        if target.is_relative_to(NBS):
+        if target.is_relative_to(book):
             return match[0]
         return f']({Path(os.path.relpath(target, new)).as_posix()}'
     return LINK.sub(moved, text)
 
 
-def chinese_notebook(file: Path, folder: Path) -> dict:
+def chinese_notebook(file: Path, folder: Path, book: Path) -> dict:
     "A notebook with its prose in Chinese, for a place in `folder`; code and outputs are untouched."
     notebook = json.loads(file.read_text())
     prose = [c for c in notebook['cells'] if c['cell_type'] == 'markdown']
-    translation = translation_file(file)
+    original = NBS/file.relative_to(book)
+    translation = translation_file(original)
     chapter = sections(translation) if translation.exists() else None
+    originals = {c['id']: c for c in json.loads(original.read_text())['cells']} if chapter else {}
     for i, cell in enumerate(prose):
-        if chapter is None:
-            text = f'{NO_CHAPTER}\n\n{source(cell)}' if i == 0 else source(cell)
-        else:
-            text = translated(cell, chapter)
-        cell['source'] = moved_links(text, file.parent, folder).splitlines(keepends=True)
+        text = source(cell)
+        if cell['id'] in originals:
+            first = originals[cell['id']]
+            text = as_in(text, source(first), translated(first, chapter))
+        elif chapter is None and i == 0:
+            text = f'{NO_CHAPTER}\n\n{text}'
+        cell['source'] = moved_links(text, file.parent, folder, book).splitlines(keepends=True)
     return notebook
 
 
-def build(out: Path):
+def build(out: Path, book: Path = NBS):
     "Write the whole book, with the pictures that its prose shows."
-    for file in notebooks():
-        new = out/file.relative_to(NBS)
+    for file in notebooks(book):
+        new = out/file.relative_to(book)
         new.parent.mkdir(parents=True, exist_ok=True)
-        notebook = chinese_notebook(file, new.parent)
+        notebook = chinese_notebook(file, new.parent, book)
         new.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n')
-    shutil.copytree(NBS/'images', out/'images', dirs_exist_ok=True)
+    if (book/'images').is_dir():
+        shutil.copytree(book/'images', out/'images', dirs_exist_ok=True)
 
 
 def readme() -> str:
@@ -182,13 +208,19 @@ def status() -> list[str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', type=Path, default=ROOT/'nbs_zh', help='folder for the notebooks')
+    parser.add_argument('--book', type=Path, default=NBS, help='folder of the notebooks: nbs/, or a version of it')
     parser.add_argument('--stamp', action='store_true', help='give new sections their fingerprint; build nothing')
     parser.add_argument('--status', action='store_true', help='list what is translated; build nothing')
     parser.add_argument('--readme', action='store_true', help='write README.zh.md; build nothing')
     args = parser.parse_args()
-    out = args.out.resolve()
+    out, book = args.out.resolve(), args.book.resolve()
     if out.is_relative_to(NBS):
         parser.error(f'--out {args.out} is inside nbs/, where nbdev would export it again: choose another folder')
+    if out.is_relative_to(book) or book.is_relative_to(out):
+        parser.error(f'--out {args.out} and --book {args.book} contain each other: choose another folder')
+    unknown = [f for f in notebooks(book) if not (NBS/f.relative_to(book)).exists()]
+    if unknown or not notebooks(book):
+        parser.error(f'--book {args.book} is not a version of nbs/: {unknown[0] if unknown else "no notebooks"}')
     if args.stamp:
         print(sum(stamp(file) for file in translations()), 'sections stamped')
     if args.readme:
@@ -196,8 +228,9 @@ def main():
     if args.status:
         print('\n'.join(status()))
     if not (args.stamp or args.readme or args.status):
-        build(out)
-        print(f'{len(translations())} of {len(notebooks())} notebooks are translated; open {out/"index.ipynb"}')
+        build(out, book)
+        done = sum(translation_file(NBS/f.relative_to(book)).exists() for f in notebooks(book))
+        print(f'{out}: {len(notebooks(book))} notebooks, of which {done} are translated')
 
 
 if __name__ == '__main__':

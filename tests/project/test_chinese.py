@@ -227,11 +227,26 @@ def test_what_is_missing_or_old_is_marked():
     assert build.translated(cell, {'a': build.Section(old, '# 旧')}) == f'{build.OLD_CELL}\n\n# 旧'
 
 
-def test_a_folder_inside_nbs_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr('sys.argv', ['build.py', '--out', str(build.NBS/'zh')])
+def test_a_version_for_a_class_is_translated_too():
+    "Without notes for teachers, without links to pages that are left out, with lines added, or with a blank."
+    note = '<!-- teacher, 2 minutes: {} -->'
+    english = f'**1.** *Think.* See [a](a.ipynb), [b](b.ipynb).\n\n{note.format("Yes.")}'
+    chinese = f'**1.** *思考。* 见 [甲](a.ipynb)、[乙](b.ipynb)。\n\n{note.format("是。")}'
+    assert build.as_in(english, english, chinese) == chinese
+    student = '**1.** *Think.* See a, [b](b.ipynb).'
+    assert build.as_in(student, english, chinese) == '**1.** *思考。* 见 甲、[乙](b.ipynb)。'
+    assert build.as_in(f'{student}\n\n> 2 minutes', english, chinese).endswith('(b.ipynb)。\n\n> 2 minutes')
+    assert build.as_in('YOUR ANSWER HERE', english, chinese) == 'YOUR ANSWER HERE'
+
+
+@pytest.mark.parametrize('out, book, message', [
+    (build.NBS/'zh', build.NBS, 'is inside nbs/'), (ROOT, build.NBS, 'contain each other'),
+    (ROOT/'nbs_zh', ROOT/'tutorials', 'is not a version of nbs/')])
+def test_folders_that_cannot_work_are_refused(monkeypatch, capsys, out, book, message):
+    monkeypatch.setattr('sys.argv', ['build.py', '--out', str(out), '--book', str(book)])
     with pytest.raises(SystemExit) as stopped:
         build.main()
-    assert stopped.value.code == 2 and 'is inside nbs/' in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_chinese_readme_is_made_from_the_index():
