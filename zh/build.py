@@ -3,15 +3,18 @@
 A file `zh/<chapter>.md` has a section for each markdown cell of `nbs/<chapter>.ipynb`: a line
 `<!-- cell ID FINGERPRINT -->`, then the translation. The fingerprint is that of the English text it was made from.
 A translator writes `new` in its place, and `python zh/build.py --stamp` puts the fingerprint of today's text there.
+When an English cell has changed, `--changes` shows what, from git's history.
 Code and outputs are those of the English notebooks.
 
 For a class: `mae-course student --out class`, then `python zh/build.py --book class --out class_zh`."""
 import argparse
+import difflib
 import hashlib
 import json
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,12 +208,46 @@ def status() -> list[str]:
     return lines
 
 
+def git(*words: str) -> str:
+    "What a git command prints about this project."
+    return subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
+
+def earlier_text(notebook: Path, cell: str, made_from: str) -> str | None:
+    "The English text that a translation was made from, if git's history has it."
+    path = notebook.relative_to(ROOT).as_posix()
+    for commit in git('log', '--format=%H', '--', path).split():
+        cells = json.loads(git('show', f'{commit}:{path}'))['cells']
+        texts = [without_minutes(source(c)) for c in cells if c['id'] == cell]
+        if texts and fingerprint(texts[0]) == made_from:
+            return texts[0]
+    return None
+
+
+def changes() -> list[str]:
+    "What has changed in the English cells since they were translated, and cells that have no translation."
+    lines = []
+    for file in translations():
+        notebook = notebook_file(file)
+        now, chapter = english(notebook), sections(file)
+        for cell in stale(file):
+            lines += ['', f'{file.relative_to(ROOT)}, cell {cell}' + ('' if cell in now else ' no longer exists')]
+            old = earlier_text(notebook, cell, chapter[cell].made_from)
+            new = now.get(cell, '')
+            lines += new.split('\n') if old is None else difflib.unified_diff(
+                old.split('\n'), new.split('\n'), 'translated', 'today', lineterm='', n=0)
+        for cell in untranslated(file):
+            lines += ['', f'{file.relative_to(ROOT)}, cell {cell} has no translation', *now[cell].split('\n')]
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', type=Path, default=ROOT/'nbs_zh', help='folder for the notebooks')
     parser.add_argument('--book', type=Path, default=NBS, help='folder of the notebooks: nbs/, or a version of it')
     parser.add_argument('--stamp', action='store_true', help='give new sections their fingerprint; build nothing')
     parser.add_argument('--status', action='store_true', help='list what is translated; build nothing')
+    parser.add_argument('--changes', action='store_true', help='show what has to be translated; build nothing')
     parser.add_argument('--readme', action='store_true', help='write README.zh.md; build nothing')
     args = parser.parse_args()
     out, book = args.out.resolve(), args.book.resolve()
@@ -227,7 +264,9 @@ def main():
         README.write_text(readme())
     if args.status:
         print('\n'.join(status()))
-    if not (args.stamp or args.readme or args.status):
+    if args.changes:
+        print('\n'.join(changes()))
+    if not (args.stamp or args.readme or args.status or args.changes):
         build(out, book)
         done = sum(translation_file(NBS/f.relative_to(book)).exists() for f in notebooks(book))
         print(f'{out}: {len(notebooks(book))} notebooks, of which {done} are translated')

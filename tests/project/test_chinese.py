@@ -249,6 +249,28 @@ def test_folders_that_cannot_work_are_refused(monkeypatch, capsys, out, book, me
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_translator_sees_what_has_changed(tmp_path, monkeypatch):
+    "From git's history: the lines that changed, and cells without a translation."
+    for name, folder in (('ROOT', tmp_path), ('NBS', tmp_path/'nbs'), ('ZH', tmp_path/'zh')):
+        monkeypatch.setattr(build, name, folder)
+        folder.mkdir(exist_ok=True)
+    who = ['-c', 'user.name=a', '-c', 'user.email=a@b.c']
+    build.git('init', '-q')
+    old = ['# One\n', '\n', 'kept\n', 'old']
+    for number, text in enumerate((old, [*old[:3], 'new'])):
+        cells = [dict(id='a', cell_type='markdown', source=text), dict(id='b', cell_type='markdown', source=['second'])]
+        (tmp_path/'nbs'/'one.ipynb').write_text(json.dumps(dict(cells=cells)))
+        build.git('add', 'nbs')
+        build.git(*who, 'commit', '-qm', str(number))
+    (tmp_path/'zh'/'one.md').write_text(f'<!-- cell a {build.fingerprint("".join(old))} -->\n# 一\n')
+    assert build.status() == ['one: 1 of 2 cells, stale: a, missing: b']
+    text = '\n'.join(build.changes())
+    assert '\n-old\n+new\n' in text and 'kept' not in text and 'cell b has no translation\nsecond' in text
+    (tmp_path/'zh'/'one.md').write_text('<!-- cell a new -->\n# 一\n\n<!-- cell b new -->\n二\n')
+    assert build.stamp(tmp_path/'zh'/'one.md') == 2
+    assert build.status() == ['one: 2 of 2 cells'] and build.changes() == []
+
+
 def test_the_chinese_readme_is_made_from_the_index():
     "`python zh/build.py --readme` writes it."
     assert build.README.read_text() == build.readme()
