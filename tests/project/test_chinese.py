@@ -42,7 +42,7 @@ def take(pattern, text):
 
 def facts(text):
     "What a translation must share with its original, counted; tables by the order of their links."
-    found = {}
+    found = {'paragraph': len(re.split(r'\n\s*\n', text.strip()))}
     for kind, pattern in (('code block', CODE_BLOCK), ('image', IMAGE), ('link', LINK_TARGET), ('code', CODE),
                           ('formula', FORMULA)):
         if kind == 'image':
@@ -167,6 +167,7 @@ def test_a_lost_fact_is_found():
     english = '## A head\n\nIt has 300 million `weights`, $n^2$ of [them](a.ipynb).'
     chinese = '## 头\n\n它有 3 亿个 `weights`，[其中](a.ipynb) $n^2$ 个。'
     assert differences(english, chinese) == {}
+    assert differences(f'{english}\n\nMore.', chinese) == {'paragraph': (3, 2)}
     for old, new in (('3 亿', '3 万'), ('`weights`', '权重'), ('a.ipynb', 'b.ipynb'), ('$n^2$', '$n$'), ('##', '#')):
         assert len(differences(english, chinese.replace(old, new))) == 1
 
