@@ -236,10 +236,10 @@ def _with_flags(message:str, func) -> str:
 
 # %% ../nbs/command_line.ipynb #f72cdaba
 _SUBJECTS = {   # a flag's group in the help
-    'what runs': 'study points seeds init model variant part img_size in_chans mean std crop from_scratch blocks '
+    'what runs': 'what study points seeds init model variant part img_size in_chans mean std crop from_scratch blocks '
                  'tokens block features fast query k target mask mask_ratio against task data',
     'how it is trained': 'recipe set epochs max_steps minutes bs seed labels tune rates readout',
-    'where it runs': 'device num_workers jobs decode parallel gpus rate memory price dtype steps pairs folder',
+    'where it runs': 'device num_workers jobs decode parallel gpus rate memory price dtype steps pairs folder book',
     'what is written': 'out half map map_by resume data_check save_every if_full plan json format quantize max_side '
                        'quality per_shard skip_bad few debug',
 }

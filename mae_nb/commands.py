@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mae_pretrain', 'mae_finetune', 'mae_probe', 'mae_show', 'mae_convert', 'mae_pack', 'mae_check', 'mae_bench',
-           'mae_plan', 'mae_study', 'mae_replay', 'mae_demo']
+           'mae_plan', 'mae_study', 'mae_replay', 'mae_demo', 'mae_course']
 
 # %% ../nbs/commands.ipynb #0a1d0231
 from .command_line import Blocks, Numbers, Positional, Repeatable, Size, cli, command, is_cli
@@ -356,3 +356,17 @@ def mae_demo(
         run.out = resume or out or demo_folder(data)
         return demo(data, epochs=epochs, seed=seed, seeds=seeds, out=None if resume else run.out,
                     num_workers=num_workers, device=device, resume=resume, json=json)
+
+# %% ../nbs/commands.ipynb #c0a70002
+@cli('student --out for-students', 'teacher --out for-teachers', 'slides --out lecture.html')
+def mae_course(
+    what:Positional=None,  # student: chapters with blanks; teacher: with solutions and notes; slides: the lecture
+    out:str=None,          # the folder to write, new or empty; for slides a new .html file
+    book:str=None,         # the folder nbs of a clone; by default that of this package, if it is one
+    debug:bool=False,      # show the whole traceback of an error
+):
+    "Write the course for students, for teachers, or as slides for a lecture of 90 minutes."
+    with command(mae_course, debug) as run:
+        from mae_nb.tasks.slides import write_material
+        run.out = out
+        return write_material(what, out, book)

@@ -1,8 +1,9 @@
 """How long a chapter takes; `python tests/reading.py` writes it into the map in nbs/index.ipynb.
 
 Reading: the words of the prose at 200 a minute, half a minute for every 15 lines of a code cell that defines or
-computes something, a quarter for a picture, six seconds for a cell of checks. Imports, hidden cells and sections marked "for the curious"
-count nothing. Exercises of the course: the minutes that are stated for teachers; of other chapters: three each.
+computes something, a quarter for a picture, six seconds for a cell of checks. Imports, hidden cells and sections
+marked "for the curious" count nothing. Exercises of the course: the minutes that are stated for teachers; of other
+chapters: three each.
 """
 import json
 import re

@@ -19,7 +19,7 @@ from ..base.names import pick
 
 # %% ../../nbs/tasks/30_course.ipynb #c0a50008
 POINTS = {'Predict, then run': 1, 'Fill in the code': 2, 'Think': 2}   # kinds of exercises, and nbgrader's points
-_QUESTION = re.compile(rf'\*\*(\d+)\.\*\* \*({"|".join(POINTS)})\.\* ')
+_QUESTION = re.compile(rf'^\*\*(\d+)\.\*\* \*({"|".join(POINTS)})\.\* ', re.M)
 _NOTE = re.compile(r'\n*<!-- teacher, (\d+) minutes: (.*?) -->', re.S)
 
 @dataclass
@@ -46,7 +46,9 @@ def find_exercises(
     exercises, current = [], None
     for i, cell in enumerate(cells):
         text, is_code = cell_text(cell), cell['cell_type'] == 'code'
-        question = None if is_code else _QUESTION.match(text)
+        question = None if is_code else _QUESTION.search(text)
+        if question and question.start():
+            raise ValueError(f'exercise {question[1]} does not begin its cell')
         if question:
             current = _read_question(i, text, question)
             exercises.append(current)

@@ -55,6 +55,7 @@ SMALL = [
     ('mae-embed', {'mae_pretrain_vit_base.pth': 'runs/pretrain-1'}, '--num-workers 0 --bs 8'),
     ('mae-neighbours', {'cats/12.jpg': 'cats/001.jpg'}, ''),
     ('mae-replay', {}, ''),
+    ('mae-course', {}, ''),
 ]
 # torchrun's own words: two processes in one machine
 PROCESSES = {'--nproc-per-node': '2', '--nnodes': '1', '--rdzv-endpoint': 'localhost:0'}
