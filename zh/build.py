@@ -113,12 +113,18 @@ def stamp(translation: Path) -> int:
     return len(re.findall(r'^<!-- cell \S+ new -->$', text, re.M))
 
 
+def chapter_of(row: str) -> str:
+    "The notebook that a row of the map links to; empty for the row of the sum."
+    link = LINK.search(row)
+    return link[1] if link else ''
+
+
 def with_minutes(text: str, original: str) -> str:
     "A translation; the index's map with the minutes of the English one."
     if MAP not in original:
         return text
-    minutes = iter(m[2] for m in MINUTES.finditer(original))
-    return NO_MINUTES.sub(lambda row: f'{row[1]} {next(minutes)} |', text)
+    minutes = {chapter_of(row[1]): row[2] for row in MINUTES.finditer(original)}
+    return NO_MINUTES.sub(lambda row: f'{row[1]} {minutes.get(chapter_of(row[1]), "")} |', text)
 
 
 def translated(cell: dict, chapter: dict[str, Section]) -> str:

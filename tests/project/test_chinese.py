@@ -43,6 +43,7 @@ def take(pattern, text):
 def facts(text):
     "What a translation must share with its original, counted; tables by the order of their links."
     found = {'paragraph': len(re.split(r'\n\s*\n', text.strip()))}
+    found['links of rows'] = [LINK_TARGET.findall(line) for line in text.splitlines() if line.startswith('|')]
     for kind, pattern in (('code block', CODE_BLOCK), ('image', IMAGE), ('link', LINK_TARGET), ('code', CODE),
                           ('formula', FORMULA)):
         if kind == 'image':
@@ -218,6 +219,15 @@ def test_the_index_has_todays_minutes(book):
     english, chinese = (json.loads(f.read_text())['cells'] for f in (build.NBS/'index.ipynb', book/'index.ipynb'))
     minutes = [[m[2] for c in cells for m in build.MINUTES.finditer(build.source(c))] for cells in (english, chinese)]
     assert minutes[0] == minutes[1] and len(minutes[0]) > 80
+
+
+def test_a_map_that_is_behind_can_be_built():
+    "A chapter more in English, and one less: the others keep their minutes."
+    row = '| 1 | [{}]({}.ipynb) | x | {} |'
+    english = '\n'.join(['### The course', row.format('a', 'a', 5), row.format('b', 'b', 10), '| | sum | | 15 |'])
+    chinese = '\n'.join([row.format('乙', 'b', '').replace('  ', ' '), row.format('丙', 'c', '').replace('  ', ' ')])
+    text = build.with_minutes(f'{chinese}\n| | 合计 | | |', english)
+    assert text.split('\n') == [row.format('乙', 'b', 10), row.format('丙', 'c', ''), '| | 合计 | | 15 |']
 
 
 def test_what_is_missing_or_old_is_marked():
