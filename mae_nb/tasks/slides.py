@@ -78,7 +78,7 @@ _PAGE = Template('''<!doctype html>
 .reveal { font-size: 30px; --r-main-font: system-ui, sans-serif; --r-heading-font: system-ui, sans-serif; }
 .reveal h1, .reveal h2 { text-transform: none; }
 .reveal img { max-height: 62vh; max-width: 100%; margin: 10px auto; }
-.reveal pre { font-size: 18px; width: 100%; box-shadow: none; }
+.reveal pre { font-size: 24px; width: 100%; box-shadow: none; }
 </style>
 </head>
 <body>

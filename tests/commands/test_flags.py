@@ -21,7 +21,7 @@ NEEDED = {   # words that a command cannot do without
     'mae_study': ['mask-ratio', '--data', 'fashion'],
     'mae_bench': ['step'], 'mae_plan': ['partial'], 'mae_replay': ['step'], 'mae_demo': [],
     'mae_eval': ['fashion', 'w'], 'mae_embed': ['fashion', 'w', '--out', 'x.npy'],
-    'mae_neighbours': ['x.npy', 'fashion'],
+    'mae_neighbours': ['x.npy', 'fashion'], 'mae_course': ['student', '--out', 'x'],
 }
 
 

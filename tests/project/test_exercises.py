@@ -174,6 +174,18 @@ def test_teachers_get_solutions_notes_and_minutes(versions):
         assert text.count('### BEGIN SOLUTION') == sum(e.kind != 'Think' for e in exercises)
 
 
+@pytest.mark.slow
+def test_nbgrader_makes_our_student_version_of_the_teacher_version(versions):
+    "Where it is installed: its validator accepts the metadata, and its preprocessor removes the same."
+    formats = pytest.importorskip('nbgrader.nbgraderformat')
+    clear = pytest.importorskip('nbgrader.preprocessors').ClearSolutions()
+    for page in PAGES:
+        student, teacher = (nbformat.read(versions/version/page, 4) for version in ('student', 'teacher'))
+        formats.MetadataValidator().validate_nb(teacher)
+        released, _ = clear.preprocess(teacher, {})
+        assert [cell.source for cell in released.cells] == [cell.source for cell in student.cells], page
+
+
 # ---- in a kernel ---------------------------------------------------------------------------------------------------
 
 def run_both(page, versions):
