@@ -17,7 +17,7 @@ from mae_nb.tasks.course import CODE_STUB, POINTS, TEXT_STUB, cell_text, course_
 
 PAGES = [page for page in course_pages(NBS) if find_exercises(json.loads((NBS/page).read_text())['cells'])]
 CHAPTERS = [page for page in PAGES if page != 'course/projects.ipynb']
-SAMPLE = 'model/02_positions.ipynb', 'model/06_decoder.ipynb'
+SAMPLE = 'model/02_positions.ipynb', 'model/06_decoder.ipynb'   # the quickest
 KERNEL = pytest.mark.parametrize('page', [page if page in SAMPLE else pytest.param(page, marks=pytest.mark.slow)
                                           for page in PAGES])
 
