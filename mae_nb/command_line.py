@@ -236,9 +236,9 @@ def _with_flags(message:str, func) -> str:
 
 # %% ../nbs/command_line.ipynb #f72cdaba
 _SUBJECTS = {   # a flag's group in the help
-    'what runs': 'what study points seeds init model head variant part img_size in_chans mean std bits crop '
-                 'from_scratch blocks tokens block features fast query k target mask mask_ratio against task data '
-                 'ignore evaluate predict',
+    'what runs': 'what study points seeds init model head variant part img_size in_chans mean std bits crop blocks '
+                 'from_scratch tokens block features fast query k target mask_ratio mask against task data ignore '
+                 'evaluate predict',
     'how it is trained': 'recipe set epochs max_steps minutes bs seed labels tune rates readout',
     'where it runs': 'device num_workers jobs decode parallel gpus rate memory price dtype steps pairs folder book',
     'what is written': 'out half map map_by resume data_check log save_every if_full plan json format quantize '
@@ -346,6 +346,5 @@ def help_text(
     for flag, text in _QUESTIONS.items():
         questions.add_argument(flag, help=text, action='store_true')
     parser.description = fill(func.__doc__, max(get_terminal_size().columns - 2, 40))
-    examples = '\n'.join(f'  {name} {words}'.rstrip() for words in func.examples)
-    parser.epilog = f'examples:\n{examples}'
+    parser.epilog = '\n'.join(['examples:', *(f'  {name} {words}'.rstrip() for words in func.examples)])
     return parser.format_help().rstrip()

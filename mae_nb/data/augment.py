@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTS', 'keyed_globals', 'jitter_colours', 'rand_augment', 'erase', 'Augment', 'view_boxes', 'Views', 'augment_of',
-           'mix_batch']
+           'check_bands', 'mix_batch']
 
 # %% ../../nbs/data/07_augment.ipynb #2fafba06
 import random
@@ -20,6 +20,7 @@ import torch
 from ..base.errors import UsageError
 from ..base.keyed import fold
 from .crops import Crop, Transform, fixed_spec, whole_spec
+from .image_set import ImageSet
 from .images import IMAGENET_MEAN, IMAGENET_STD, largest_value
 
 # %% ../../nbs/data/07_augment.ipynb #6578c961
@@ -223,6 +224,17 @@ def augment_of(
     if r.views > 1:
         return Views(r.crop_scale, r.flip, r.views, r.local_views, r.local_scale, r.local_side)
     return Augment(r.crop_scale, r.flip, r.augment, r.randaugment, r.erase, tuple(mean), tuple(std))
+
+# %% ../../nbs/data/07_augment.ipynb #5b0a9d01
+def check_bands(
+    train:ImageSet,     # the training images
+    augment:Transform,  # what is done to them
+):
+    "Raise where images have no known statistics, or where they are augmented as only grey or colour pictures can be."
+    train.check_stats()
+    if not train.is_plain and (change := getattr(augment, 'needs_colours', '')):
+        raise UsageError(f'{train.name} has {train.in_chans} channels of {train.bits} bits, and {change} takes '
+                         'pictures of 1 or 3 channels of 8 bits')
 
 # %% ../../nbs/data/07_augment.ipynb #511472a8
 def mix_batch(

@@ -231,8 +231,7 @@ class TaskLearner(Learner):
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     def create_opt(self):
-        sharded = self.find_callback('sharded')
-        if sharded is not None:   # before the optimizer, which must get the parts
+        if (sharded := self.find_callback('sharded')) is not None:   # before the optimizer, which must get the parts
             sharded.cut()
         super().create_opt()
 

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from ..base.errors import UsageError
 from ..base.processes import print_once
-from ..data.crops import eval_crop
 from ..data.datasets import ImageSet
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..data.loader import get_dls
