@@ -26,7 +26,8 @@ from ..base.processes import broadcast_value, print_once, rank
 from ..data.augment import jitter_colours
 from ..data.crops import CropSpec, Transform, apply_crop
 from ..data.datasets import ImageSet
-from ..data.images import image_endings, printable
+from ..data.formats import image_endings
+from ..data.images import printable
 from ..data.inventory import split_folders, take_inventory
 
 # %% ../../nbs/tasks/24_masks.ipynb #74d1d5fb
