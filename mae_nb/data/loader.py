@@ -290,7 +290,7 @@ class Loader(Browsing):
             raise StoreError(lost[0])
         hopeless = any(number is None for number, _ in bad)
         new = {number: reason for number, reason in bad if number is not None and number not in self.bad}
-        new = dict(islice(new.items(), max(self.allowed_bad + 1 - len(self.bad), 0)))   # the first one too many stops the run
+        new = dict(islice(new.items(), max(self.allowed_bad + 1 - len(self.bad), 0)))   # one too many stops the run
         named = {printable(self.dataset.images.file(number)): reason for number, reason in new.items()}
         for file, reason in named.items():
             print(f'could not read {file}, another image replaces it: {reason}', flush=True)

@@ -25,7 +25,6 @@ DUE_COLOURS = {'nbs/base/08_tables.ipynb': 'f708d3f7', 'nbs/base/09_signals.ipyn
 DUE_MAPS = {'nbs/weights/06_convert.ipynb'}   # RdYlGn
 DUE_SIZES = {
     'nbs/data/04_datasets.ipynb': '4b562349',
-    'nbs/data/05_check.ipynb': 'c4ec0003',
     'nbs/measure/00_pairs.ipynb': '7168de70 5beed071',
     'nbs/model/09_classifier.ipynb': '3018cd06',
     'nbs/model/10_costs.ipynb': '5beed025',
