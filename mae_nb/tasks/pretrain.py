@@ -230,7 +230,7 @@ def pretrain_setup(
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before the images are read
     sets = with_channels(load_source(options.data), **options.image_options)
-    chosen_bands(sets[0].in_chans, options.bands)   # a wrong one is an error before the first step
+    chosen_bands(sets[0].in_chans, getattr(options, 'bands', None))   # a wrong one is an error before the first step
     model = started_model(options, recipe, sets[0].in_chans)
     return pretrain_run(sets, model, recipe, options, dict(options=options.as_config()))
 
@@ -244,7 +244,7 @@ def pretrain(
     images = learn.dls.loaders[-1].dataset.images   # the validation set, if there is one
     if rank() == 0:
         save_reconstructions(learn.model, images, out/'figures'/'reconstructions.png', seed=options.seed,
-                             bands=options.bands)
+                             bands=getattr(options, 'bands', None))
         write_json(dict(task='pretrain', data=images.name, seed=options.seed) | last_metrics(learn), options.json)
     report_run(learn, out)
     return learn
