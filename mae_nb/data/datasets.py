@@ -208,12 +208,12 @@ def encoded_parts(
 SOURCES = {'fashion': fashion, 'cifar10': cifar10, 'stl10': stl10}   # data sets by name, held in memory
 
 def read_source(
-    source:str|Path,  # a key of `SOURCES` or `URL_SETS`; a folder of images, packed, or of tars; a tar; an address
+    source:str|Path,  # a key of `SOURCES`; a folder of images, packed, or of tars; a key of `URL_SETS`; a tar; an address
 ) -> tuple[ImageSet, ImageSet|None]:  # training set, and validation set if the source has one
     "A data set by name, from a folder, or from an object store; nothing is printed."
     if str(source) in SOURCES:
         return SOURCES[str(source)]()
-    if str(source) in URL_SETS:
+    if str(source) in URL_SETS and not Path(source).is_dir():   # a folder of your own comes first
         named, folder = URL_SETS[str(source)], set_folder(str(source))
         return with_stats(named.read(str(source), folder) if named.read else folder_sets(folder), folder)
     if parts := encoded_parts(source):

@@ -104,6 +104,8 @@ def test_every_field_of_a_recipe_has_a_range(task):
     recipe = OF_EACH_TASK[task]
     for f in fields(recipe):
         for value in WRONG.get(f.type, []):
+            if (task, f.name) == ('segment', 'crop_scale'):   # factors, which may be above 1
+                value = value[::-1]
             with pytest.raises(UsageError, match=f.name):
                 override(recipe, {f.name: value})
 

@@ -42,7 +42,7 @@ def home(tmp_path_factory):
 
 MISTAKES = [
     ('mae-pretrain fotos', "'fotos': did you mean 'photos'?"),
-    ('mae-pretrain my-pictures', "'my-pictures': known: 'fashion', 'cifar10'; folders in home"),
+    ('mae-pretrain my-pictures', "'my-pictures': known: 'fashion', 'cifar10', 'stl10', "),
     ('mae-pretrain ./foto', "no such folder: ./foto: did you mean 'photos'?"),
     ('mae-pretrain photos.zip', 'photos.zip is a file and no folder: unpack it, and name the folder'),
     ('mae-check photos.zip', 'photos.zip is a file and no folder: unpack it'),

@@ -11,7 +11,8 @@ from support import ROOT
 from mae_nb.tasks.paper import PAPER, Measured, draw_table
 
 QUESTIONS = json.loads((ROOT/'tests'/'project'/'course_questions.json').read_text())
-PICTURED = '00_introduction', '01_before', '01_features', '01_results', '02_after', '03_loop', 'notation', 'projects', 'slides'
+PICTURED = ('00_introduction', '01_before', '01_features', '01_results', '02_after', '03_loop', 'notation', 'projects',
+            'slides')
 TRANSFORMER = ROOT/'nbs'/'model'/'04_transformer.ipynb'
 DESCRIBED = [TRANSFORMER, *(ROOT/'nbs'/'course'/f'{name}.ipynb' for name in PICTURED)]
 

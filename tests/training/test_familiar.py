@@ -348,7 +348,7 @@ def test_callbacks_of_fastai_on_somebody_else_s_data(given, tmp_path, monkeypatc
     from fastai.callback.tracker import SaveModelCallback
     monkeypatch.chdir(tmp_path)
     given.fit_one_cycle(2, 1e-3, cbs=[SaveModelCallback(), EarlyStoppingCallback(patience=3), CSVLogger('h.csv')])
-    assert len((tmp_path/'h.csv').read_text().splitlines()) == 3
+    assert len((tmp_path/'run'/'h.csv').read_text().splitlines()) == 3
 
 
 def test_the_same_pictures_train_the_same_model(task, sets):
