@@ -208,7 +208,7 @@ def encoded_parts(
 SOURCES = {'fashion': fashion, 'cifar10': cifar10, 'stl10': stl10}   # data sets by name, held in memory
 
 def read_source(
-    source:str|Path,  # a key of `SOURCES`; a folder of images, packed, or of tars; a key of `URL_SETS`; a tar; an address
+    source:str|Path,  # a key of `SOURCES`; a folder of images, packed, or of tars; a key of `URL_SETS`; an address
 ) -> tuple[ImageSet, ImageSet|None]:  # training set, and validation set if the source has one
     "A data set by name, from a folder, or from an object store; nothing is printed."
     if str(source) in SOURCES:

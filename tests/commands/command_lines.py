@@ -36,6 +36,7 @@ SMALL = [
     ('mae-probe', {'fashion': 'path/to/labelled'}, QUICK),
     ('mae-show facebook/vit-mae-base', {'facebook/vit-mae-base': 'runs/base'}, ''),   # 0.4 GB from the hub
     ('mae-pack', {}, '--num-workers 0'),
+    ('mae-check path/to/scenes', {'path/to/scenes': 'path/to/photos'}, '--num-workers 0'),
     ('mae-check path', {}, '--num-workers 0'),
     ('mae-bench step', {}, f'{NANO} --bs 2 --pairs 2 --steps 1'),
     ('mae-bench loader', {}, '--bs 8 --steps 2 --num-workers 0'),
@@ -75,6 +76,13 @@ ELSEWHERE = {
     'mae-eval path/to/imagenet-c mae_finetuned_vit_base.pth --variant imagenet-c': 'test_evaluate',
     'mae-eval path/to/imagenet-r mae_finetuned_vit_base.pth --variant imagenet-r': 'test_evaluate',
     'jupyter lab --ServerApp.root_dir=. nbs/course/00_introduction.ipynb': 'test_browser opens the book',
+    'jupyter lab --ServerApp.root_dir=. nbs_zh/course/00_introduction.ipynb': 'test_browser opens the English book',
+    'python zh/build.py': 'test_chinese builds the Chinese book',
+    'pip install -e ".[wandb,mlflow]"': 'test_package installs the project; the extras are looked up here',
+    'mae-pretrain fashion --epochs 5 --log wandb,mlflow --out runs/first': 'test_trackers, where they are installed',
+    'mae-pretrain --resume runs/first': 'test_trackers, where they are installed',
+    'wandb sync runs/first/wandb/offline-run-*': 'a command of wandb, which sends',
+    'mlflow ui --backend-store-uri sqlite:///runs/first/mlflow.db': 'a command of mlflow, which serves on',
 }
 
 
