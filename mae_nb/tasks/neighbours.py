@@ -105,8 +105,8 @@ def draw_neighbours(
             ax.set_xticks([])
             ax.set_yticks([])
             title = 'query' if column == 0 else f'{cosines[row, column - 1]:.3f}'
-            ax.set_title(title, fontsize=7, pad=2)
-            ax.set_xlabel(str(embeddings.classes[i] or embeddings.names[i])[-16:], fontsize=6)
+            ax.set_title(title, fontsize=8, pad=2)
+            ax.set_xlabel(str(embeddings.classes[i] or embeddings.names[i])[-13:], fontsize=8)
             same = embeddings.labels[i] is not None and embeddings.labels[i] == embeddings.labels[query]
             for spine in ax.spines.values():
                 spine.set_color('C2' if same and column else '0.8')
@@ -149,7 +149,7 @@ def draw_map(
         for number, name in enumerate(classes):
             inside = np.array([c == name for c in embeddings.classes])
             ax.scatter(*places[inside].T, s=9, color=plt.get_cmap('tab20')(number), label=name)
-        ax.legend(fontsize=7, markerscale=2, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+        ax.legend(fontsize=8, markerscale=2, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     else:
         ax.scatter(*places.T, s=5, color='0.5')
     for i in np.linspace(0, len(places) - 1, min(thumbnails, len(places))).astype(int):
