@@ -19,6 +19,8 @@ KINDS = None, 'protanomaly', 'deuteranomaly', 'tritanomaly'   # None: all three 
 APART = 10          # colours that must be told apart in a picture
 NOTEBOOKS = sorted(f for folder in ('nbs', 'tutorials') for f in (ROOT/folder).rglob('*.ipynb')
                    if '.ipynb_checkpoints' not in f.parts)
+DESCRIBED = 'base', 'data', 'model', 'weights'   # folders in which every picture has a text; add those that are done
+TEXT = re.compile(r'(?:#\| .+\n)*?#\| fig-alt: >\n((?:#\|   .+\n)+)')   # folded, after other directives
 
 
 def seen(colour, kind):
@@ -93,3 +95,32 @@ def test_pictures_of_the_widgets_have_a_text(name):
     cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
     drawn = [c for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
     assert drawn and [c['id'] for c in drawn if not ''.join(c['source']).startswith('#| fig-alt: >\n')] == []
+
+
+def pictured(folder):
+    "The code cells of a folder's notebooks that keep a picture, as (place, source)."
+    for file, cell, text in code_cells():
+        if file.startswith(f'nbs/{folder}/') and any('image/png' in o.get('data', {}) for o in cell['outputs']):
+            yield f'{file} {cell["id"]}', text
+
+
+def described(text):
+    "Whether a cell's first lines hold a text of at least eight words."
+    found = TEXT.match(text)
+    return bool(found) and len(found[1].replace('#|', '').split()) >= 8
+
+
+@pytest.mark.parametrize('folder', DESCRIBED)
+def test_every_picture_of_a_folder_has_a_text(folder):
+    cells = dict(pictured(folder))
+    assert cells
+    assert [place for place, text in cells.items() if not described(text)] == []
+
+
+def test_a_text_is_missed_where_there_is_none():
+    words = '#|   The loss falls from two to one\n#|   within ten steps.\n'
+    assert described(f'#| fig-alt: >\n{words}plot()')
+    assert described(f'#| slow\n#| fig-alt: >\n{words}plot()')
+    for text in ('plot()', f'plot()\n#| fig-alt: >\n{words}', '#| fig-alt: >\n#|   A curve.\nplot()',
+                 f'#| fig-cap: >\n{words}plot()'):
+        assert not described(text)
