@@ -274,13 +274,14 @@ def main(
         _check_words(func, words)
         return _run_cli(func, False)
     question = asked[0]
-    if question in ('--help', '-h'):
-        print(help_text(func))
-    elif question == '--version':
-        from importlib.metadata import version
-        print(f'mae_nb {version("mae_nb")}')
-    else:
-        print(_names(question, words[words.index(question) + 1:]))
+    with Signs():   # nobody need read the answer to its end
+        if question in ('--help', '-h'):
+            print(help_text(func))
+        elif question == '--version':
+            from importlib.metadata import version
+            print(f'mae_nb {version("mae_nb")}')
+        else:
+            print(_names(question, words[words.index(question) + 1:]))
     raise SystemExit(0)
 
 _KINDS = {int: 'a whole number', float: 'a number', _size: 'a number of pixels, or rows,columns',
@@ -295,8 +296,7 @@ def _check_words(func, words:list):
         raise SystemExit(2)
 
     parser.error = fail
-    unknown = parser.parse_known_args(words)[1]
-    if unknown:
+    if unknown := parser.parse_known_args(words)[1]:
         fail(f'unknown {unknown[0]}')
 
 def _explained(message:str, parser) -> str:

@@ -1,4 +1,4 @@
-"""A run outlives the terminal that it writes to."""
+"""A run outlives the terminal that it writes to, and an answer its reader."""
 import os
 import subprocess
 import sys
@@ -32,3 +32,15 @@ def test_a_terminal_that_ends(tmp_path):
     os.close(reader)
     run.communicate(b'\n', timeout=60)
     assert run.returncode == 0 and (tmp_path/'note').read_text() == 'done'
+
+
+@pytest.mark.parametrize('question', ['--help', '--version', '--list-recipes'])
+def test_an_answer_that_nobody_reads(question):
+    "As in `mae-show --help | head -1`: no traceback, whatever is left."
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = 'from mae_nb.commands import mae_show; mae_show()'
+    run = subprocess.run([sys.executable, '-c', code, question], stdout=writer, stderr=subprocess.PIPE, text=True,
+                         env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=120)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (0, '')
