@@ -4,7 +4,7 @@
 
 Float32, forward, backward and AdamW; two steps, since the moments are made in the first. A row is the peak of the
 process less what it held before the model was made. Weights, gradients and two moments, 16 bytes a parameter, are the
-same for every version: `fixed`. bench/results/memory.json has the numbers that the chapter `costs` names.
+same for every version: `fixed`. bench/results/memory.json has ViT-B.
 """
 import argparse
 import json
