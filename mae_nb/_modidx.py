@@ -2722,6 +2722,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mae_nb/weights/building.py'),
                                          'mae_nb.weights.building.classifier_from': ( 'weights/building.html#classifier_from',
                                                                                       'mae_nb/weights/building.py'),
+                                         'mae_nb.weights.building.encoder_in': ( 'weights/building.html#encoder_in',
+                                                                                 'mae_nb/weights/building.py'),
                                          'mae_nb.weights.building.keep_head': ( 'weights/building.html#keep_head',
                                                                                 'mae_nb/weights/building.py'),
                                          'mae_nb.weights.building.load_classifier': ( 'weights/building.html#load_classifier',

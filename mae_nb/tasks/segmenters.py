@@ -20,9 +20,10 @@ from ..base.errors import UsageError, require
 from ..base.names import pick
 from ..data.crops import resize
 from ..data.images import standardize
-from ..model.classifier import ENCODER_OPTIONS, encoder_options
+from ..model.classifier import encoder_options
 from ..model.encoder import Encoder
 from ..model.mae import MAE
+from ..weights.building import encoder_in
 from ..weights.loading import LoadReport, fill
 from ..weights.reading import Weights, open_weights
 
@@ -180,11 +181,8 @@ def segmenter_from(
     drop_path:float=0.,  # stochastic depth of the last block
 ) -> tuple[Segmenter, LoadReport]:
     "A segmentation model that starts from a pretrained encoder; its head is new."
-    own = {k: v for k, v in model.config.items() if k in ('name', *ENCODER_OPTIONS)}
-    if 'name' not in own:
-        raise UsageError('this encoder does not know how it was made: give the MAE itself, or one from load_encoder')
+    encoder, own = encoder_in(model)
     segmenter = create_segmenter(num_classes=num_classes, head=head, drop_path=drop_path, **own)
-    encoder = model.encoder if isinstance(model, MAE) else model
     return segmenter, fill(segmenter.encoder, encoder.state_dict(), old_grid=encoder.grid)
 
 def load_segmenter(
