@@ -32,10 +32,10 @@ from mae_nb.weights.loading import write_own
 MODEL = dict(name='mae_vit_tiny_patch2_32', mlp_ratio=2., decoder_dim=128, decoder_depth=2, decoder_heads=4)
 TINY = MODEL | dict(depth=1, dim=48, decoder_dim=32, decoder_depth=1, patch_size=4)   # does the script still work?
 PRETRAIN = dict(batch_size=1024, base_lr=5e-4, weight_decay=.05, crop_scale=(.4, 1.), amp=True, target='pixels')
-FINETUNE = dict(batch_size=512, base_lr=1e-3, warmup_epochs=3, layer_decay=.75, drop_path=.1, mixup=.8, cutmix=1.,
-                label_smoothing=.1, crop_scale=(.5, 1.), amp=True, epochs=40)
+FINETUNE = dict(batch_size=512, base_lr=1e-3, warmup_epochs=3, layer_decay=.8, drop_path=.05, mixup=0., cutmix=0.,
+                label_smoothing=.1, crop_scale=(.5, 1.), amp=True, epochs=40)   # mixing pays in long trainings only
 TIMED = 96, 137   # steps of a timing, of pretraining and fine-tuning: the last epoch's are counted
-PRETRAINING, RESERVE = .72, 20   # share of the time that is left; seconds for the features
+PRETRAINING, RESERVE = .62, 20   # share of the time that is left; seconds for the features
 
 class Job:
     "The data, options and result file of the whole run."
@@ -109,11 +109,11 @@ class Job:
                   rows=rows, last=rows[-1])
         model = self.new_model(recipe)   # not compiled: what follows has other shapes
         model.load_state_dict(learn.model.state_dict())
-        return model
+        return model, way
 
-    def finetune(self, model):
-        "Fine-tune all of it, again as long as the seconds allow."
-        recipe = override(RECIPES['finetune'], FINETUNE | self.fields)
+    def finetune(self, model, way):
+        "Fine-tune all of it, again as long as the seconds allow, compiled in the same `way`."
+        recipe = override(RECIPES['finetune'], FINETUNE | self.fields | dict(compile=way))
         if self.args.tiny:
             recipe = override(recipe, dict(epochs=1, warmup_epochs=0))
         else:
@@ -168,9 +168,9 @@ def main(words=None):
     job.time_ways(job.args.ways)
     if job.args.timing:
         return job.result
-    model = job.pretrain()
+    model, way = job.pretrain()
     try:
-        job.finetune(model)
+        job.finetune(model, way)
     except Exception as e:   # the features still count
         job.note(finetune_error=f'{type(e).__name__}: {str(e)[:400]}')
     job.probe(model)
