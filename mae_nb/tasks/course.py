@@ -250,7 +250,8 @@ _PLACES = {   # station -> column, row, text, the shape that leaves it, colour
     'head': (6, 0, 'head', '1000 classes', GREEN)}
 STATIONS = {   # what a chapter can be about -> its boxes
     **{name: (name,) for name in _PLACES if name != 'image'},
-    'transformer': ('encoder', 'decoder'), 'classifier': ('encoder', 'pool', 'head'),
+    'decoder': ('mask tokens', 'decoder'), 'transformer': ('encoder', 'decoder'),
+    'classifier': ('encoder', 'pool', 'head'),
     'pretraining': tuple(name for name, place in _PLACES.items() if place[1] and name != 'image')}
 _BOX = dict(width=.86, height=.56)
 
