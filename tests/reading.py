@@ -2,8 +2,9 @@
 
 Reading: the words of the prose at 200 a minute, half a minute for every 15 lines of a code cell that defines or
 computes something, a quarter for a picture, six seconds for a cell of checks. Imports, hidden cells and sections
-marked "for the curious" count nothing. Exercises of the course: the minutes that are stated for teachers; of other
-chapters: three each.
+marked "for the curious" count nothing. The drawing of the whole model that opens each chapter (`you_are_here`) is the
+same one everywhere: it counts once, in the introduction. Exercises of the course: the minutes that are stated for
+teachers; of other chapters: three each.
 """
 import json
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
 INDEX = NBS/'index.ipynb'
+INTRODUCTION = '00_introduction.ipynb'
 WORDS_A_MINUTE = 200
 MINUTES_A_CELL = .5       # up to 15 lines of code that define or compute something, with their output
 LINES_A_CELL = 15
@@ -24,6 +26,7 @@ COURSE = 7 * 60           # minutes of the course, with its exercises
 CURIOUS = '(for the curious)'
 ROW = re.compile(r'^(\|.*\]\(([^)]+\.ipynb)\).*\|) *(\d*) *\|$', re.M)       # a chapter of the map, minutes last
 TOTAL = re.compile(r'^(\| *\| the whole course \|.*\|) *(\d*) *\|$', re.M)
+OPENING = re.compile(r'^you_are_here\(', re.M)   # draws the whole model, with the chapter's place in it
 NOTE = re.compile(r'<!-- teacher, (\d+) minutes: .*?-->', re.S)
 EXERCISE = re.compile(r'^\*\*\d+\.\*\*', re.M)
 
@@ -99,7 +102,7 @@ def counts(file: Path) -> Counts:
             continue
         if cell is None:
             total.words += len(NOTE.sub('', text).split())
-        elif is_read(cell):
+        elif is_read(cell) and (file.name == INTRODUCTION or not OPENING.search(text)):
             pieces = ceil(len(text.splitlines()) / LINES_A_CELL) if kind(cell) == 'cells' else 1
             setattr(total, kind(cell), getattr(total, kind(cell)) + pieces)
     return total

@@ -5,7 +5,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 from questions import PAGE, page_notebook, section_of
-from reading import INDEX, NBS, TOTAL, counts, course, exact_minutes, is_read, map_rows, minutes, updated
+from reading import INDEX, INTRODUCTION, NBS, TOTAL, counts, course, exact_minutes, is_read, map_rows, minutes, updated
 from support import ROOT
 
 from mae_nb.tasks.paper import PAPER, Measured, draw_table
@@ -136,6 +136,10 @@ def test_minutes_follow_from_words_code_and_exercises(tmp_path):
     assert (found.words, found.cells, found.pictures, found.checks, found.exercises) == (2009, 11, 1, 1, 2)
     assert found.reading == pytest.approx(2009 / 200 + 5.5 + .25 + .1)
     assert minutes(file) == 20   # 16 to read, 6 for the exercises
+    opening = code("#| fig-alt: >\n#|   The whole model.\nyou_are_here('masking')", **picture)
+    for name, pictures in (('chapter.ipynb', 1), (INTRODUCTION, 2)):   # counted once in the whole course
+        (tmp_path/name).write_text(json.dumps(dict(cells=[opening, *chapter])))
+        assert counts(tmp_path/name).pictures == pictures
     chapter[-2:] = [text('**1.** one\n\n<!-- teacher, 4 minutes: So. -->'), code('left = out'),
                     text('**2.** (For the curious.) two\n\n<!-- teacher, 9 minutes: So. -->')]
     file.write_text(json.dumps(dict(cells=chapter)))

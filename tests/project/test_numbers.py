@@ -10,7 +10,7 @@ from mae_nb.tasks.paper import PAPER
 
 PAGES = sorted([*(ROOT/'nbs').rglob('*.ipynb'), *(ROOT/'tutorials').glob('*.ipynb')])
 PAGES = [f for f in PAGES if '.ipynb_checkpoints' not in f.parts]
-SOURCE = re.compile(r'\b(Figure|Table|Tables|Figures) (\d+)([a-f]?)(?: (?:to|and) (\d*)([a-f]?))?')
+SOURCE = re.compile(r'\b(Figure|Table|Tables|Figures) (\d+)(?!\d|\.\d)([a-f]?)(?: (?:to|and) (\d*)([a-f]?))?')
 TEXT = re.compile(r'\b(section 4(?![\d.]\d)|section 4\.2|appendix A\.2)\b', re.I)   # numbers that are in the text alone
 ACCURACY = re.compile(r'(?<![\d.,±])([3-9]\d\.\d)(?![\d]|\.\d| points)')   # 84.9, as the paper prints it
 ELSEWHERE = re.compile(r'issue \d|arXiv|\.md\b|mae-\w|python ')   # a sentence that names another source
@@ -68,6 +68,7 @@ def wrong_numbers(paragraph):
 def test_a_wrong_number_of_the_paper_is_found():
     assert tables('Tables 1a to 1c and Figure 5, or Tables 4 and 5') == {
         'Table 1a', 'Table 1b', 'Table 1c', 'Figure 5', 'Table 4', 'Table 5'}
+    assert tables('Figure 5.2 and Figure 15.12 are the book\'s own') == set()
     assert tables('(section 4), section 4.1 and appendix A.2') == {'Section 4', 'Appendix A.2'}
     assert wrong_numbers('Ours is 40.1. Theirs reaches 84.8 (Table 1a), 44.7 points more. In issue 9 it is 77.7.') == []
     assert wrong_numbers('Table 1a varies the depth. One block reaches 84.7.') == ['84.7']
