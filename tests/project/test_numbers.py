@@ -168,7 +168,7 @@ KEPT = [   # page, what its prose says, page, what a kept output or another page
     ('nbs/course/01_features', r'There are (\d+) such queries, and (\d+) the other way round',
      'nbs/course/01_features', r'(\d+) queries such as these, (\d+) the other way round'),
     ('nbs/course/01_features', r'learning adds (\d\.\d) points', 'nbs/course/01_features', r'pixels: (\d\.\d) points'),
-    ('nbs/course/01_features', r'only (\d+ %) of what', 'nbs/course/01_features', r'learned +(\d+%) of the variance is'),
+    ('nbs/course/01_features', r'only (\d+ %) of what', 'nbs/course/01_features', r'learned +(\d+%) of the variance'),
     ('nbs/course/01_features', r'instead of (0\.\d+)', 'nbs/course/01_features', r'of these eight (0\.\d+)'),
     ('nbs/course/01_features', r'mean loss of (0\.\d+)', 'nbs/course/01_features', r'with other masks (0\.\d+)'),
     ('nbs/tasks/03_finetune', r'Do not take (\d+) %', 'nbs/tasks/03_finetune', r'^ +8(?: +[\d.]+){2} +0\.(\d\d)00 '),
