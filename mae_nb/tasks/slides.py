@@ -68,7 +68,7 @@ def _output_html(output:dict, code:str) -> list[str]:
 
 # %% ../../nbs/tasks/31_slides.ipynb #c0a6000b
 _PAGE = Template('''<!doctype html>
-<html lang="en">
+<html lang="$language">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1.0">
@@ -103,6 +103,10 @@ def reveal_files() -> dict:
     return dict(styles=re.sub(r'@import url\([^)]*\);?', '', '\n'.join(styles)),
                 programs='\n'.join(programs).replace('</script', r'<\/script'))
 
+def _language(slides:list[Slide]) -> str:
+    "The code of a deck's language, Chinese or English, by its titles."
+    return 'zh' if any(re.search('[\u4e00-\u9fff]', slide.title) for slide in slides) else 'en'
+
 def slides_html(
     slides:list[Slide],  # from `read_slides`
 ) -> str:
@@ -112,7 +116,8 @@ def slides_html(
     for slide in slides:
         notes = f'<aside class="notes">{markdown2html(slide.notes)}</aside>' if slide.notes else ''
         sections.append('<section>\n' + '\n'.join(slide.body) + notes + '\n</section>')
-    return _PAGE.substitute(title=escape(slides[0].title), sections='\n'.join(sections), **reveal_files())
+    return _PAGE.substitute(language=_language(slides), title=escape(slides[0].title), sections='\n'.join(sections),
+                            **reveal_files())
 
 # %% ../../nbs/tasks/31_slides.ipynb #c0a6000e
 def write_slides(

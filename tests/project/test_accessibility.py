@@ -8,10 +8,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from support import ROOT
 
+from mae_nb.tasks.masks import IGNORE
+from mae_nb.tasks.pixels import overlay, overlay_colours, palette
 from mae_nb.tasks.visualize import HIDDEN_COLOUR
 
 colorspacious = pytest.importorskip('colorspacious', reason='pip install colorspacious')
@@ -51,6 +54,21 @@ def test_the_simulation_confuses_what_is_known_to_be_confused():
 def test_hidden_patches_are_told_from_any_other_colour_beside_them():
     for other in ('white', 'black', '0.5', '0.75', 'C1'):
         assert distance(HIDDEN_COLOUR, other) > APART, other
+
+
+def closest_classes(colours):
+    "The smallest distance of two of some colours (n, 3) of 0 to 255."
+    return min(distance(*pair) for pair in itertools.combinations(np.asarray(colours) / 255, 2))
+
+
+@pytest.mark.parametrize('grey', (0, 64, 128, 192, 255))
+def test_classes_of_an_overlay_can_be_told_apart(grey):
+    "Those of 0 to 8 and the ignored pixels, laid over a picture of any brightness."
+    numbers = np.array([[*range(9), IGNORE]])
+    mixed = overlay(torch.full((3, *numbers.shape), grey, dtype=torch.uint8), numbers)
+    assert closest_classes(mixed[0]) > APART
+    assert closest_classes(overlay_colours()[numbers[0]]) > APART
+    assert closest_classes(.3 * grey + .7 * palette()[:9]) < APART / 2   # VOC's colours could not
 
 
 def test_colours_that_one_cell_names_can_be_told_apart():

@@ -165,8 +165,12 @@ def number(text):
 
 
 KEPT = [   # page, what its prose says, page, what a kept output or another page's prose says
-    ('nbs/model/08_mae', r'it has (\d+ %) as many parameters as the encoder of ViT-B, and (\d+ %) as',
-     'nbs/model/08_mae', r'base_patch16 (\d+%), .* huge_patch14 (\d+%)'),
+    ('nbs/course/01_features', r'There are (\d+) such queries, and (\d+) the other way round',
+     'nbs/course/01_features', r'(\d+) queries such as these, (\d+) the other way round'),
+    ('nbs/course/01_features', r'learning adds (\d\.\d) points', 'nbs/course/01_features', r'pixels: (\d\.\d) points'),
+    ('nbs/course/01_features', r'only (\d+ %) of what', 'nbs/course/01_features', r'learned +(\d+%) of the variance'),
+    ('nbs/course/01_features', r'instead of (0\.\d+)', 'nbs/course/01_features', r'of these eight (0\.\d+)'),
+    ('nbs/course/01_features', r'mean loss of (0\.\d+)', 'nbs/course/01_features', r'with other masks (0\.\d+)'),
     ('nbs/tasks/03_finetune', r'Do not take (\d+) %', 'nbs/tasks/03_finetune', r'^ +8(?: +[\d.]+){2} +0\.(\d\d)00 '),
     ('tutorials/03_imagenet_at_scale', r'([\d,]+) pictures a second and core from the original bytes and ([\d,]+) from',
      'nbs/data/03_shards', r'packed, original bytes \| ([\d,]+) \|[^#]*? quality 90 \| ([\d,]+) \|'),
