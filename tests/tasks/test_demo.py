@@ -14,7 +14,7 @@ from mae_nb.training.recipes import override
 def small(monkeypatch):
     train, test = (images.shots(k) for images, k in zip(load_source('fashion'), (20, 10)))
     monkeypatch.setitem(SOURCES, 'fashion', lambda: (train, test))
-    monkeypatch.setitem(DEMOS, 'fashion', DemoPlan(Readout((-1,), 2), {5: 2, 20: 1}, (5,)))
+    monkeypatch.setitem(DEMOS, 'fashion', DemoPlan(Readout((-1,), 2), {5: 2, 20: 1}, (5,), (1., .01)))
     for name in ('demo_fashion', 'scratch_fashion', 'finetune_fashion'):
         short = override(RECIPES[name], dict(epochs=2, warmup_epochs=.1, batch_size=25))
         monkeypatch.setitem(RECIPES, name, short)
