@@ -13,7 +13,7 @@ from reading import update_index
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent   # the commands of this very environment
 ENV = os.environ | dict(OMP_NUM_THREADS='1', PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}')
-WORKERS = str(min(os.cpu_count() or 1, 4) + 1)   # one more than cores: who tests often waits for other processes
+WORKERS = str(min(os.cpu_count() or 1, 4) + 1)   # one more than cores: tests often wait for other processes
 FAILED = []
 
 

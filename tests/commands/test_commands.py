@@ -131,7 +131,7 @@ def test_ctrl_c_leaves_what_was_done(tmp_path, photos):
 
 def test_sigterm_leaves_what_was_done(tmp_path, photos):
     "The same in a fork, without the wait for imports."
-    pid, result = begin_command(tmp_path, 'mae-pretrain', *LONG, before=lambda: signal.alarm(300))   # its end at last
+    pid, result = begin_command(tmp_path, 'mae-pretrain', *LONG, before=lambda: signal.alarm(300))   # a deadline
     wait_for_rows(tmp_path/'run')
     os.kill(pid, signal.SIGTERM)
     check_what_was_done(result(), 143, tmp_path/'run')
