@@ -1161,6 +1161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features.Probe': ('tasks/features.html#probe', 'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features.Readout': ('tasks/features.html#readout', 'mae_nb/tasks/features.py'),
+                                       'mae_nb.tasks.features._blas': ('tasks/features.html#_blas', 'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features._directions': ('tasks/features.html#_directions', 'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features._pool_cells': ('tasks/features.html#_pool_cells', 'mae_nb/tasks/features.py'),
                                        'mae_nb.tasks.features.extract_features': ( 'tasks/features.html#extract_features',

@@ -13,6 +13,7 @@ from reading import update_index
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent   # the commands of this very environment
 ENV = os.environ | dict(OMP_NUM_THREADS='1', PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}')
+WORKERS = str(min(os.cpu_count() or 1, 4) + 1)   # one more than cores: tests often wait for other processes
 FAILED = []
 
 
@@ -102,9 +103,8 @@ if __name__ == '__main__':
     check_sync()
     check_made_from_notebooks()
     run('ruff', 'check')
-    run('nbdev-test', 'nbs', '--n-workers', '2', '--cell-timeout', '300')
-    # one tutorial takes as long as all other tests
-    run('pytest', '-n', '2', '--dist', 'worksteal', '--durations', '10')
+    run('nbdev-test', 'nbs', '--n-workers', WORKERS, '--cell-timeout', '300')
+    run('pytest', '-n', WORKERS, '--dist', 'worksteal', '--durations', '10')
     if FAILED:
         fail('; '.join(FAILED))
     print('all checks passed')

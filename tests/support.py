@@ -5,10 +5,17 @@ import re
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+# what commands import, some of it when they run: an optimizer imports torch._dynamo, a resumed run state_dict
+LIBRARIES = ('mae_nb', 'matplotlib.pyplot', 'torch._dynamo', 'torch.distributed.checkpoint.state_dict',
+             'torch.utils.tensorboard', 'mae_nb.data.check', 'mae_nb.data.packing', 'mae_nb.measure.bench',
+             'mae_nb.measure.plan', 'mae_nb.tasks.demo', 'mae_nb.tasks.probes', 'mae_nb.tasks.replay',
+             'mae_nb.tasks.study', 'mae_nb.weights.convert')   # mae_nb first: it hides a warning of fastai's import
 SIGN = re.compile(r' {3}(working( in \w+)?|loading libraries) for \d+ s')   # of life, on a busy machine
 
 
@@ -25,6 +32,13 @@ class Said:
         lines = [x for x in self.err.splitlines() if x.strip() and not SIGN.fullmatch(x)]
         assert len(lines) == 1, self.err
         return lines[0]
+
+
+@cache
+def load_libraries():
+    "Import once what every fork of this process that runs a command would import again."
+    for name in LIBRARIES:
+        import_module(name)
 
 
 def redirect(file, descriptor):
@@ -72,6 +86,7 @@ def begin_command(folder, name, *words, before=None, **env):
     """Start a command in a fork, in a folder. Returns its number, and a function that waits for its result.
 
     `before` is called in the fork first."""
+    load_libraries()
     from mae_nb import command_line, commands
     out, err = folder/'.out', folder/'.err'
     for file in (out, err):

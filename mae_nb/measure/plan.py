@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'SHARE', 'fit_batch', 'make_plan', 'planned_model', 'memo
 # %% ../../nbs/measure/02_plan.ipynb #299c0bcd
 import statistics
 import time
+from contextlib import nullcontext
 
 from torch import nn
 import torch
@@ -221,11 +222,13 @@ def plan(
     _check_plan(chosen, images, data, gpus, parallel)
     given = _given_rate(rate)
     name = model or default_model(data)
-    net = _model_for(chosen, name, data, img_size, 1 if blocks is None else blocks)
+    runs = given is None and rate not in PEAKS               # to measure its rate
+    here = device.type == 'cpu' and (runs or not memory)     # for this machine, whose memory holds all else as well
+    with nullcontext() if runs or here else torch.device('meta'):   # without numbers, which a ViT-H needs 2.4 GiB for
+        net = _model_for(chosen, name, data, img_size, 1 if blocks is None else blocks)
     dtype = 'bfloat16' if chosen.amp else 'float32'
     if rate in PEAKS:
         given = counted_rate(net, rate, dtype)
-    here = device.type == 'cpu' and not (memory and given)   # for this machine, whose memory holds all else as well
     base = int(memory_gib(device) * 2**30) if here else 0    # before the model is made
     needs = memory_needs(chosen, here, gpus if parallel == 'fsdp' else 1)
     room = memory * 2**30 if memory else device_memory(device)

@@ -21,7 +21,7 @@ from ..base.names import check_ranges, pick
 from ..base.settings import setting
 from ..data.datasets import load_source
 from ..model.mae import create_mae
-from .features import Readout, linear_probe, pixel_features, principal_features, read_features
+from .features import BATCH, Readout, linear_probe, pixel_features, principal_features, read_features
 from .finetune import finetune_run
 from .pretrain import pretrain_run
 from .visualize import save_reconstructions
@@ -73,7 +73,7 @@ def compare_features(
 ) -> list[dict]:      # `row`, `labels_per_class`, `draw`, `top1` and `penalty` of each probe
     "Raw pixels and encoders, all read by the same linear probe with the same tuning, with several numbers of labels."
     features = {'raw pixels': [pixel_features(images, _size(encoders)) for images in (train, test)]}
-    batches = sum(-(-len(images) // 500) for images in (train, test))
+    batches = sum(-(-len(images) // BATCH) for images in (train, test))
     for row, encoder in encoders.items():
         with Steps(batches, f'{row} features') as steps:
             features[row] = [read_features(encoder, images, plan.readout, tick=steps.tick) for images in (train, test)]

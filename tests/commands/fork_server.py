@@ -13,20 +13,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import exit_code, in_fork
-
-
-def load():
-    "Import what commands import; not when a job of a command imports this module again."
-    from importlib import import_module
-
-    import mae_nb  # noqa: F401  first: it hides a warning of fastai's import
-    for name in ('matplotlib.pyplot', 'fastai.vision.all', 'torch.utils.tensorboard', 'mae_nb.measure.bench',
-                 'mae_nb.measure.plan', 'mae_nb.tasks.demo', 'mae_nb.tasks.replay', 'mae_nb.tasks.study',
-                 'mae_nb.tasks.visualize', 'mae_nb.weights.convert', 'mae_nb.data.check', 'mae_nb.data.packing'):
-        import_module(name)
-    import torch
-    torch.set_num_threads(1)
+from support import exit_code, in_fork, load_libraries
 
 
 def answer(request: dict) -> int:
@@ -59,7 +46,9 @@ def run(request: dict) -> int:
 
 
 if __name__ == '__main__':
-    load()
+    load_libraries()   # not at the top: a job of a command may import this module again
+    import torch
+    torch.set_num_threads(1)
     print('ready', flush=True)
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from support import BIN, Said
+from support import BIN, Said, begin_command
 
 from mae_nb.weights.building import load_mae
 from mae_nb.weights.reading import read_config
@@ -105,25 +105,36 @@ def test_wrong_weights_and_pictures(forked, tmp_path, photos):
     got = forked('mae-show', 'run')
     assert got.code == 2 and 'name at least one image' in got.line
 
-@pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_what_was_done(tmp_path, photos, signum, code):
-    "Ctrl-C and SIGTERM in mid-training: the finished epochs' rows and weights are there, and can be loaded."
-    words = 'photos', *NANO, *TWENTY, '--epochs', '5000', '--num-workers', '1', '--out', 'run'
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([BIN/'mae-pretrain', *words], cwd=tmp_path, start_new_session=True, **pipes)
-    rows, end = tmp_path/'run'/'metrics.csv', time.time() + 120
+LONG = 'photos', *NANO, *TWENTY, '--epochs', '5000', '--num-workers', '1', '--out', 'run'
+
+def wait_for_rows(run):
+    "Until the first epoch is done, and a little longer."
+    rows, end = run/'metrics.csv', time.time() + 120
     while not (rows.exists() and len(rows.read_text().splitlines()) > 1) and time.time() < end:
         time.sleep(.1)
     time.sleep(1)
-    if signum == signal.SIGINT:
-        os.killpg(process.pid, signum)   # as a terminal does: to the workers too
-    else:
-        process.send_signal(signum)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == code, (process.returncode, err)
-    assert 'what was done so far is in run' in Said('', err, code).line
-    assert len((tmp_path/'run'/'metrics.csv').read_text().splitlines()) >= 2
-    assert load_mae(tmp_path/'run').encode(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+def check_what_was_done(got, code, run):
+    assert got.code == code, got
+    assert 'what was done so far is in run' in got.line
+    assert len((run/'metrics.csv').read_text().splitlines()) >= 2
+    assert load_mae(run).encode(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+def test_ctrl_c_leaves_what_was_done(tmp_path, photos):
+    "In mid-training, in a process of its own: the finished epochs' rows and weights are there, and can be loaded."
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([BIN/'mae-pretrain', *LONG], cwd=tmp_path, start_new_session=True, **pipes)
+    wait_for_rows(tmp_path/'run')
+    os.killpg(process.pid, signal.SIGINT)   # as a terminal does: to the workers too
+    err = process.communicate(timeout=120)[1]
+    check_what_was_done(Said('', err, process.returncode), 130, tmp_path/'run')
+
+def test_sigterm_leaves_what_was_done(tmp_path, photos):
+    "The same in a fork, without the wait for imports."
+    pid, result = begin_command(tmp_path, 'mae-pretrain', *LONG, before=lambda: signal.alarm(300))   # a deadline
+    wait_for_rows(tmp_path/'run')
+    os.kill(pid, signal.SIGTERM)
+    check_what_was_done(result(), 143, tmp_path/'run')
 
 def test_a_full_disk(forked, tmp_path, photos):
     "One line, and what was written before is whole."

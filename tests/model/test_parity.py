@@ -12,21 +12,23 @@ def relative(a, b):
     "The norm of the difference over the norm of the second."
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
-def make_theirs(target, dtype):
+@pytest.fixture(scope='module', params=[torch.float32, torch.float64], ids=str)
+def theirs(request):
     "transformers' base model, every parameter moved away from its initial value, positions and tokens included."
     torch.manual_seed(0)
-    config = ViTMAEConfig(norm_pix_loss=target == 'norm_pixels', layer_norm_eps=1e-6)
-    model = ViTMAEForPreTraining(config).to(dtype).eval()
+    model = ViTMAEForPreTraining(ViTMAEConfig(layer_norm_eps=1e-6)).to(request.param).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=.02)
     return model
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize('target', ['norm_pixels', 'pixels'])
-def test_forward_and_gradients(target, dtype, tolerance):
+def test_forward_and_gradients(target, theirs):
     "Loss, prediction, mask and every gradient of the base model."
-    theirs = make_theirs(target, dtype)
+    dtype, tolerance = theirs.dtype, {torch.float32: 1e-5, torch.float64: 1e-10}[theirs.dtype]
+    theirs.config.norm_pix_loss = target == 'norm_pixels'
+    theirs.zero_grad()
+    torch.manual_seed(1)
     ours = create_mae('mae_vit_base_patch16', target=target).to(dtype).eval()
     report = load_hf(ours, theirs.state_dict())
     assert not report.missing and not report.unused, report

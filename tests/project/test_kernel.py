@@ -1,4 +1,7 @@
-"""Notebooks as people run them: in a Jupyter kernel, from top to bottom."""
+"""Notebooks as people run them: in a Jupyter kernel, from top to bottom.
+
+nbdev-test runs the chapters, and test_exercises two of them in a kernel; one more is slow:
+`pytest -m slow tests/project/test_kernel.py`."""
 import shutil
 
 import nbformat
@@ -7,7 +10,7 @@ from nbclient import NotebookClient
 from support import ROOT
 
 NOTEBOOKS = [
-    'nbs/model/01_patches.ipynb',
+    pytest.param('nbs/model/01_patches.ipynb', marks=pytest.mark.slow),
     'tutorials/01_pretrain_and_probe.ipynb',
     'tutorials/02_finetune_and_probe.ipynb',
     'tutorials/03_imagenet_at_scale.ipynb',

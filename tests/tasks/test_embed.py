@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import results, spread
 from support import BIN, begin_command, exit_code, fork
 from torch import nn
 
@@ -99,19 +100,22 @@ def test_a_job_killed_while_its_parts_are_removed_is_finished(tmp_path):
     assert not parts.folder.exists() and parts.used.is_dir()
 
 
-def test_workers_and_processes_change_nothing(photos, weights, tmp_path):
+@pytest.mark.parametrize('launcher', ['forks', pytest.param('torchrun', marks=pytest.mark.slow)])
+def test_workers_and_processes_change_nothing(photos, weights, tmp_path, monkeypatch, launcher):
     def options(name, workers):
         return EmbedOptions(str(photos), str(weights), str(tmp_path/name), bs=2, num_workers=workers, device='cpu')
 
     embed(options('one.npy', 0))
     embed(options('workers.npy', 2))
-    script = tmp_path/'mae-embed'
-    script.write_text('from mae_nb.tasks import embed\nembed.PART_BYTES = 1024\n'
-                      'from mae_nb.commands import mae_embed\nmae_embed()\n')
-    done = subprocess.run([BIN/'torchrun', '--nproc-per-node', '2', script, photos, weights, '--out', 'two.npy', '--bs',
-                           '2', '--num-workers', '1', '--device', 'cpu'], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr
+    if launcher == 'forks':
+        monkeypatch.setattr('mae_nb.tasks.embed.PART_BYTES', 1024)
+        results(spread(2, lambda: bool(embed(options('two.npy', 1))), tmp_path/'ranks'))
+    else:
+        script = tmp_path/'mae-embed'
+        script.write_text('from mae_nb.tasks import embed\nembed.PART_BYTES = 1024\n'
+                          'from mae_nb.commands import mae_embed\nmae_embed()\n')
+        words = [photos, weights, '--out', 'two.npy', '--bs', '2', '--num-workers', '1', '--device', 'cpu']
+        subprocess.run([BIN/'torchrun', '--nproc-per-node', '2', script, *words], cwd=tmp_path, check=True)
     first, *others = [(tmp_path/name).read_bytes() for name in ('one.npy', 'workers.npy', 'two.npy')]
     assert others == [first, first]
 

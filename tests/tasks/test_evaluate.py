@@ -1,15 +1,16 @@
 """Evaluation against other people's code and counts made by hand, on real pictures, in one process and in several."""
 import csv
 import json
-import os
 import subprocess
 import tarfile
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import results, spread
 from support import BIN
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -228,16 +229,20 @@ def small_model(folder, classes, in_chans=3):
     return folder/'model.safetensors'
 
 
-def test_several_processes_write_the_same_files(photos, tmp_path):
+@pytest.mark.parametrize('launcher', ['forks', pytest.param('torchrun', marks=pytest.mark.slow)])
+def test_several_processes_write_the_same_files(photos, tmp_path, launcher):
     "The last batch is smaller, and one process has a batch more than the other."
     weights = small_model(tmp_path, ['even', 'odd'])
-    evaluate(EvalOptions(str(photos), str(weights), out=str(tmp_path/'one'), bs=7, num_workers=0, device='cpu'))
-    script = tmp_path/'mae-eval'
-    script.write_text('from mae_nb.commands import mae_eval\nmae_eval()\n')
-    words = [photos, weights, '--out', 'two', '--bs', '7', '--num-workers', '1', '--device', 'cpu']
-    done = subprocess.run([BIN/'torchrun', '--nproc-per-node', '2', script, *words], capture_output=True, text=True,
-                          cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr
+    options = EvalOptions(str(photos), str(weights), out=str(tmp_path/'one'), bs=7, num_workers=0, device='cpu')
+    evaluate(options)
+    if launcher == 'forks':
+        two = replace(options, out=str(tmp_path/'two'), num_workers=1)
+        results(spread(2, lambda: bool(evaluate(two)), tmp_path/'ranks'))
+    else:
+        script = tmp_path/'mae-eval'
+        script.write_text('from mae_nb.commands import mae_eval\nmae_eval()\n')
+        words = [photos, weights, '--out', 'two', '--bs', '7', '--num-workers', '1', '--device', 'cpu']
+        subprocess.run([BIN/'torchrun', '--nproc-per-node', '2', script, *words], cwd=tmp_path, check=True)
     for name in ('results.json', 'predictions.csv', 'classes.csv'):
         assert (tmp_path/'one'/name).read_bytes() == (tmp_path/'two'/name).read_bytes(), name
     assert json.loads((tmp_path/'one'/'results.json').read_text())['samples'] == 120

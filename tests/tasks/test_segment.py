@@ -235,7 +235,7 @@ def test_a_run_notices_that_a_mask_has_changed(pairs, encoder, tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks processes, which Windows cannot')
 def test_two_processes_measure_what_one_measures(pairs, encoder, tmp_path):
     "The same pictures, crops and draws: the rows agree to rounding, and the counts of pixels to the last one."
-    from training.ranks import results, spread
+    from ranks import results, spread
 
     def run():
         learn = segment(small_run(pairs, encoder, tmp_path/'two', epochs=1))
