@@ -35,7 +35,7 @@ from mae_nb.training.state import Snapshot, same_bits
 # ---- runs of each kind ---------------------------------------------------------------------------------------------
 
 KEPT = dict(save_every=2, keep=99)
-FEW = dict(batch_size=20, warmup_epochs=1, epochs=3)   # 60 images: three steps an epoch, of two batches where they add up
+FEW = dict(batch_size=20, warmup_epochs=1, epochs=3)   # 60 images: three steps an epoch
 
 def trained(task, out, more=(), **kwargs):
     more = FEW | (dict(more, accumulate=2) if task in ('pretrain', 'finetune') else {})
@@ -132,6 +132,10 @@ def train(kind, out, cbs=(), change=None):
         learn.fit_recipe()
     return log.getvalue()
 
+def kinds(fast):
+    "All kinds of runs, of which one is always tested."
+    return [kind if kind == fast else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
 def files_of(out): return {step_in_name(f): f.read_bytes() for f in (out/'checkpoints').glob('step-*')}
 
 @known
@@ -150,13 +154,13 @@ def test_each_file_is_of_its_step(kind, reads, tmp_path, monkeypatch):
     assert len(held.files) == 6 and files_of(tmp_path/'run') == held.files
     assert min(held.live) > reads and sum(rest > 0 for rest in held.rests) >= 3   # they were left to the next step
 
-@pytest.mark.parametrize('kind', ['finetune', *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)])
+@pytest.mark.parametrize('kind', kinds(fast='finetune'))
 def test_skipped_steps(kind, tmp_path, monkeypatch):
     held = Held(monkeypatch, 5)
     log = train(kind, tmp_path/'run', [Poison()])
     assert files_of(tmp_path/'run') == held.files and 'the step is skipped' in log and max(held.rests) > 0
 
-@pytest.mark.parametrize('kind', ['pretrain', *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)])
+@pytest.mark.parametrize('kind', kinds(fast='pretrain'))
 def test_without_the_hook_files_are_wrong(kind, tmp_path, monkeypatch):
     "These tests see a change that comes too early."
     monkeypatch.setattr(Checkpoints, 'settle', lambda *_: None)
