@@ -69,8 +69,8 @@ class Peak:
 
 class Clock:
     "Notes what a run's saves and steps take."
-    def __init__(self, peak: Peak):
-        self.peak, self.saves, self.starts, self.usual = peak, [], [], None
+    def __init__(self, peak: Peak, steps: int):
+        self.peak, self.steps, self.saves, self.starts, self.usual = peak, steps, [], [], None
         own = dict(Checkpoints=('save', 'wait', 'settle', 'write'), TaskLearner=('one_batch',), Snapshot=('settle',))
         for owner, names in own.items():
             for name in names:
@@ -114,16 +114,19 @@ class Clock:
         self.saves[-1]['rest'] = self.saves[-1].get('rest', 0) + rest
 
     def TaskLearner_one_batch(self, call):
+        from fastai.callback.core import CancelFitException
         self.starts.append(time.perf_counter())
+        if len(self.starts) > self.steps:
+            raise CancelFitException()
         call()
 
     def rows(self) -> list[dict]:
-        "A row for each save that training went on after."
+        "A row for each save."
         rows = []
-        for save in self.saves[:-1]:
+        for save in self.saves:
             pause, cpu = (save[f'save{kind}'] - save.get(f'wait{kind}', 0.) + save.get(f'settle{kind}', 0.)
                           for kind in ('', '_cpu'))
-            step = self.starts[save['steps'] + 1] - save['end'] if len(self.starts) > save['steps'] + 1 else None
+            step = self.starts[save['steps'] + 1] - save['end']
             rows.append(dict(pause=pause, pause_cpu=cpu, wait=save.get('wait', 0.), write=save['write'],
                              rest_mib=save.get('rest', 0) / 2**20, step=step))
         return rows
@@ -138,12 +141,12 @@ def turn(model: str, bs: int, saves: int) -> dict:
         'create_mae', 'ImageSet', 'get_dls', 'RECIPES', 'make_run', 'pretrain_learner'))
     mae, steps = create(model), 2 * saves + 1
     side = mae.encoder.img_size
-    pixels = np.random.default_rng(0).integers(0, 255, (bs * (steps + 1), *side, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (bs * (steps + 2), *side, 3), dtype=np.uint8)
     recipe = replace(recipes['pretrain'], batch_size=bs, epochs=1, warmup_epochs=0, amp=False)
     dls = get_dls((images('noise', pixels), None), recipe, img_size=side, num_workers=0, device='cpu')
     with tempfile.TemporaryDirectory() as folder, Peak() as peak:
-        clock = Clock(peak)
-        learn = learner(dls, mae, recipe, out=make_run(Path(folder)/'run', {}), max_steps=steps, save_every=2, keep=1)
+        clock = Clock(peak, steps)
+        learn = learner(dls, mae, recipe, out=make_run(Path(folder)/'run', {}), save_every=2, keep=1)
         with contextlib.redirect_stdout(sys.stderr):
             learn.fit_recipe()
         mib = max(file.stat().st_size for file in Path(folder).rglob('step-*')) / 2**20
@@ -160,7 +163,7 @@ def run_turn(checkout: Path, model: str, bs: int, saves: int) -> dict:
 
 def summary(turns: list) -> dict:
     "A build's numbers: medians over its turns."
-    middle = lambda values: round(statistics.median(v for v in values if v is not None), 3)
+    middle = lambda values: round(statistics.median(values), 3)
     every = [save for t in turns for save in t['saves']]
     later = [save for t in turns for save in t['saves'][1:]]
     medians = {f'first_{k}': middle(t['saves'][0][k] for t in turns) for k in ('pause', 'pause_cpu', 'rest_mib')}
