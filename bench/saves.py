@@ -1,6 +1,6 @@
 """Saves in a run of ViT-L, here and in another checkout, in turn: training's pause, the write, and the extra memory.
 
-    python bench/saves.py --before CHECKOUT [--model NAME] [--bs 4] [--pairs 2] [--saves 3] [--json FILE]
+    python bench/saves.py --before CHECKOUT [--model NAME] [--bs 8] [--pairs 2] [--saves 3] [--json FILE]
 
 Each turn is a process of its own, with one build, that pretrains on noise on the CPU and saves after every second
 optimizer step. The pause is all that training waits for because of a save: what happens between the two steps, and what
@@ -176,7 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--before', type=Path, help='the other checkout')
     parser.add_argument('--model', default='mae_vit_large_patch16')
-    parser.add_argument('--bs', type=int, default=4, help='images in a step')
+    parser.add_argument('--bs', type=int, default=8, help='images in a step')
     parser.add_argument('--pairs', type=int, default=2)
     parser.add_argument('--saves', type=int, default=3, help='in each turn')
     parser.add_argument('--json', type=Path)
