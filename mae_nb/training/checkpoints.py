@@ -24,12 +24,15 @@ from ..base.signals import (  # noqa: F401  the first three are also imported fr
 from ..base.tables import RunTables
 from ..data.fingerprint import CHECKS, compare_listings, list_data, read_listing
 from .state import (
-    live_tensors, load_run_state, newest_checkpoint, prune, run_state, save_checkpoint, whole_tensor)
+    Snapshot, StateChanged, live_tensors, load_run_state, newest_checkpoint, plain_state, prune, save_checkpoint,
+    steady_names, take_part)
 
 # %% ../../nbs/training/06_checkpoints.ipynb #c1600050
 class Checkpoints(Callback):
     "Save a run at step boundaries, in the background, and resume it where its folder stops."
     order, run_valid = 65, False   # after all that a step changes; before `StopAt` ends the epoch
+    saved = job = writer = hook = None      # what is resumed; the save at work, its thread, the optimizer's hook
+    in_parts, due, forked = True, False, False   # how to save; a save was left out; the validation has its workers
     def __init__(self,
         out:str|Path,           # the run folder
         every:int=500,          # optimizer steps from one checkpoint to the next; one more at each epoch's end
@@ -45,9 +48,7 @@ class Checkpoints(Callback):
                              f'save_every={every} and keep={keep} must be 1 or more')
         self.out, self.every, self.keep, self.if_full = Path(out), every, keep, if_full
         self.writes, self.tables, self.folder = writes, RunTables(out, files), self.out/'checkpoints'
-        self.fits, self.earlier = 0, 0      # finished fits, and their batches
-        self.job, self.writer = None, None  # the save at work, and its thread
-        self.saved, self.copies, self.forked = None, {}, False
+        self.fits, self.earlier, self.copies = 0, 0, {}   # finished fits, and their batches; memory for a save
 
     # ---- resuming -------------------------------------------------------------------------------------------------
     def is_past(self) -> bool:
@@ -66,6 +67,8 @@ class Checkpoints(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.out)   # `make_run` has done so, and a later fit does it again
             remove_leftovers(self.folder, self.out, self.out/'figures')   # of a life that was cut off
+            self.writer = ThreadPoolExecutor(1, 'checkpoints')
+        self.hook = self.opt.opt.register_step_pre_hook(self.settle)
         if saved is not None and saved[2]['run']['fit'] >= self.fits:
             self.resume(*saved)
         elif self.writes:
@@ -123,7 +126,7 @@ class Checkpoints(Callback):
         if leftover and not last:
             return   # gradients are adding up: not a step's end
         stop = self.learn.stop_wanted()
-        if last or stop or steps % self.every == 0:
+        if last or stop or self.due or steps % self.every == 0:
             self.save()
         if stop:
             self.end_run()
@@ -143,37 +146,33 @@ class Checkpoints(Callback):
             self.forked = True
 
     def save(self):
-        "Copy the run's state, and write it while training continues."
+        "Write the run's state while training continues, which changes it no earlier than `settle`."
         self.learn.signals.at('between')
-        if self.writes:
-            self.job = self.background.submit(self.write, *self.state())
-        else:
-            self.take_part()
+        if not self.writes:
+            return take_part(self.learn)
+        step, snapshot, config = self.state(in_parts=True)
+        self.learn.unsettled, self.due = snapshot, False
+        self.job = self.writer.submit(self.write, step, snapshot, config)
 
-    def take_part(self):
-        "The other processes' share of a checkpoint: they give their parts of a model that is cut."
-        for t in live_tensors(self.learn).values():
-            whole_tensor(t)
+    def settle(self, *_):
+        "Copy what is still to be written; the optimizer calls this before each step."
+        if self.learn.unsettled is not None:
+            self.learn.unsettled.settle()
+            self.learn.unsettled = None
 
-    def state(self) -> tuple[int, dict, dict]:
-        "Number, tensors and plain data of a checkpoint; the next call overwrites the tensors."
+    def state(self, in_parts:bool=False) -> tuple[int, Snapshot, dict]:
+        "Number, tensors and plain data of a checkpoint, all copied or in parts; the next call overwrites the copies."
         self.wait()
-        self.copies, plain = run_state(self.learn, self.copies)
-        pace = self.learn.find_callback('pace')
-        run = plain | dict(fit=self.fits, earlier=self.earlier, epoch=self.epoch, batches=self.iter + 1,
-                           clock=[] if pace is None else pace.elapsed(), of=self.learn.run_config)
-        model = getattr(self.model, 'config', None)   # None: a model from elsewhere
-        config = dict(model=model, data=self.learn.data_config, run=run)
-        return self.earlier + self.learn.train_iter, self.copies | self.tables.tensors(), config
+        tensors, pace = live_tensors(self.learn) | self.tables.tensors(), self.learn.find_callback('pace')
+        steady = steady_names(self.learn, tensors) if in_parts and self.in_parts else ()
+        snapshot = Snapshot(tensors, steady, self.copies)
+        run = dict(plain_state(self.learn), fit=self.fits, earlier=self.earlier, epoch=self.epoch,
+                   batches=self.iter + 1, clock=[] if pace is None else pace.elapsed(), of=self.learn.run_config)
+        data, model = self.learn.data_config, getattr(self.model, 'config', None)   # None: a model from elsewhere
+        return self.earlier + self.learn.train_iter, snapshot, dict(model=model, data=data, run=run)
 
-    def write(self, step:int, tensors:dict, config:dict):
+    def write(self, step:int, tensors:dict|Snapshot, config:dict):
         prune(self.folder, self.keep, save_checkpoint(self.folder, step, tensors, config))
-
-    @property
-    def background(self) -> ThreadPoolExecutor:
-        if self.writer is None:
-            self.writer = ThreadPoolExecutor(1, 'checkpoints')
-        return self.writer
 
     def wait(self):
         "Wait until the last checkpoint is on the disk, or report why it is not."
@@ -181,6 +180,9 @@ class Checkpoints(Callback):
         try:
             if job:
                 job.result()
+        except StateChanged as e:
+            self.in_parts, self.due = False, True
+            self.say(f'note: {e}, and not by the optimizer: this checkpoint is left out, the next step is saved')
         except OSError as e:
             if not disk_is_full(e):
                 raise
@@ -225,7 +227,9 @@ class Checkpoints(Callback):
         if self.writer:
             self.writer.shutdown()
             self.writer = None
-        self.copies = {}
+        self.copies, self.learn.unsettled = {}, None
+        if self.hook is not None:
+            self.hook.remove()
         if self.writes:
             unlock_folder(self.out)
 

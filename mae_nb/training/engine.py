@@ -37,6 +37,7 @@ from .presets import hopeless_rates
 from .recipes import as_config
 from .runs import RunWriter
 from .trackers import tracker_callbacks
+from .state import is_known
 from .switches import DTYPES, apply_switches, without_recompiling
 
 # %% ../../nbs/training/12_engine.ipynb #d9291707
@@ -156,19 +157,17 @@ class TaskLearner(Learner):
         check_opt_func(opt_func)
         self.recipe, self.max_steps, self.valid_every = recipe, max_steps, valid_every
         self.begin_at, self.train_iter, self.waited = (0, 0), 0, 0.   # (epoch, batch); batches; seconds for data
-        self.signals, self.known, self.listeners = StopSignals(), [], {}
+        self.signals, self.known, self.listeners, self.unsettled = StopSignals(), [], {}, None
         self.batches_per_step, self.batch = recipe.accumulate, images_per_step(dls, recipe)
         self.base_rate = recipe.learning_rate(self.batch)
-        if out is not None:
-            for dl in dls.loaders:
-                dl.record = Path(out)/'bad_samples.csv'
+        for dl in [] if out is None else dls.loaders:
+            dl.record = Path(out)/'bad_samples.csv'
         model = apply_switches(model.to(dls.device), **recipe.switches)
         own = [*_basic_callbacks(dls, model, recipe, out),
                *_recipe_callbacks(recipe), *tracker_callbacks(log, out),
                *_folder_callbacks(out, save_every, keep, if_full, data_check),
                *_parallel_callbacks(parallel, recipe.accumulate)]
-        if max_steps:
-            own.append(StopAt(max_steps, recipe.accumulate))
+        own += [StopAt(max_steps, recipe.accumulate)] if max_steps else []
         for cb in cbs:   # fastai makes each callback an attribute
             if isinstance(cb, Callback) and hasattr(self, cb.name):
                 raise UsageError(f'the callback {type(cb).__name__} would replace `learn.{cb.name}`: rename its class')
@@ -190,6 +189,8 @@ class TaskLearner(Learner):
             if name not in self.listeners:
                 self.listeners[name] = self.listening(name)
             for cb in self.listeners[name]:
+                if self.unsettled is not None and not is_known(cb):   # it might change what is being saved
+                    self.unsettled.settle()
                 cb(name)
 
     def listening(self, event_name:str) -> list[Callback]:
@@ -201,8 +202,7 @@ class TaskLearner(Learner):
 
     # ---- numbers of the run ---------------------------------------------------------------------------------------
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.dls.train) // self.batches_per_step)
+    def steps_per_epoch(self) -> int: return -(-len(self.dls.train) // self.batches_per_step)
 
     @property
     def total_batches(self) -> int:

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..base.files import write_whole
 from ..base.processes import print_once, rank
 from ..base.tables import add_row, start_table
-from .state import save_checkpoint, whole_tensor
+from .state import save_checkpoint, take_part, whole_tensor
 from .distributed import Parallel, batch_norms
 from .optim import skippable
 
@@ -147,7 +147,7 @@ class Guard(Callback):
             raise FloatingPointError(f'{reason}: {advice}')
         folder = self.out/'bad_steps'/f'epoch-{epoch}-batch-{first}'
         if rank():
-            self.learn.checkpoints.take_part()
+            take_part(self.learn)
         else:
             self.keep_step(folder, epoch, first, last)
         raise FloatingPointError(f'{reason}; the state before it and its samples are in {folder}: '

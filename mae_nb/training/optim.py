@@ -243,7 +243,7 @@ class Accumulate(Callback):
 # %% ../../nbs/training/03_optim.ipynb #57b0e19f
 class WeightEMA(Callback):
     "Keep a moving average of the weights, and evaluate with it."
-    order = -12   # the model is exchanged before fastai puts it in evaluation mode
+    order, steady = -12, True   # exchanges the model before fastai puts it in evaluation mode; moves in `after_step`
 
     def __init__(self,
         decay:float,  # share that the average keeps in a step, in (0, 1)

@@ -143,14 +143,15 @@ def call(owner, name, n, after=False, do=die):
 def half_a_save(n):
     "Die when the n-th checkpoint is written in half."
     def moment():
-        real, left = state.save_file, [n]
-        def cut(tensors, file, **kwargs):
-            real(tensors, file, **kwargs)
+        real, left = state.write_tensors, [n]
+        def cut(snapshot, file, note):
+            digest = real(snapshot, file, note)
             left[0] -= 1
             if left[0] == 0:
                 os.truncate(file, os.path.getsize(file) // 2)
                 die()
-        state.save_file = cut
+            return digest
+        state.write_tensors = cut
     return moment
 
 def half_a_row(n):
@@ -182,9 +183,9 @@ MOMENTS = {
     'after the last step': event('after_step', 18),
     'after a batch, not saved yet': event('after_batch', 15, 64),
     'after a batch, being saved': event('after_batch', 32, 66),
-    'before a save': call(state, 'save_file', 3),
+    'before a save': call(state, 'write_tensors', 3),
     'in a save': half_a_save(4),
-    'written, not flushed': call(state, 'save_file', 2, True),
+    'written, not flushed': call(state, 'write_tensors', 2, True),
     'in the first save': half_a_save(1),
     'before fsync': call(state, 'flush_to_disk', 7),
     'after fsync': call(state, 'flush_to_disk', 9, True),
