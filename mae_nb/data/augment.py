@@ -122,7 +122,6 @@ class Augment(Crop):
     erase: float = 0.            # share of images that lose a box
     mean: tuple = IMAGENET_MEAN  # of pixels in [0, 1], a number for each channel
     std: tuple = IMAGENET_STD    # the same for the deviation
-    rows = Crop.rows             # whatever is done to the crop
 
     def __call__(self, img, k, size):
         img = super().__call__(img, k, size)
@@ -209,9 +208,6 @@ class Views(Transform):
     def shrink(self, whole, k, size):
         sizes = [box[2:] for box in self.boxes(size)]
         return min(crop.shrink(whole, keys, part) for part, (crop, keys) in zip(sizes, self.crops(k)))
-
-    def rows(self, whole, k, size):
-        return max(crop.rows(whole, keys, size) for crop, keys in self.crops(k))
 
 def _view_key(k:Callable, view:int, purpose:str) -> int:
     "A view's key for a purpose."

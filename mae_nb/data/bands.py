@@ -209,8 +209,8 @@ def read_bands(
 
 _STORED = re.compile(rb'P([56])\n(\d{1,6}) (\d{1,6})\n255\n')   # what PIL writes before the pixels of a PPM
 
-def _stored_pixels(data:bytes, in_chans:int, rows:Callable|None) -> torch.Tensor|None:
-    "The pixels of a PPM, grey or in colour, as packing writes it; None for PIL to read any other file."
+def _stored_pixels(data:bytes, in_chans:int) -> torch.Tensor|None:
+    "The pixels of a PPM as packing writes it, in grey or colour; None for any other file, which is PIL's to read."
     if not (head := _STORED.match(data)):
         return None
     channels, (w, h) = 1 if head[1] == b'5' else 3, (int(side) for side in head.groups()[1:])
@@ -218,8 +218,8 @@ def _stored_pixels(data:bytes, in_chans:int, rows:Callable|None) -> torch.Tensor
         return None
     check_size(h, w)
     stored = np.frombuffer(data, np.uint8, offset=head.end()).reshape(h, w, channels)
-    pixels, end = np.empty((h, w, in_chans), np.uint8), rows((h, w)) if rows else h
-    pixels[:end], pixels[end:] = stored[:end], 0
+    pixels = np.empty((h, w, in_chans), np.uint8)
+    pixels[:] = stored   # a copy, which may be changed; grey is repeated
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 def read_picture(
@@ -227,13 +227,12 @@ def read_picture(
     in_chans:int=3,            # channels wanted
     shrink:Callable|None=None, # as for `read_image`
     bits:int=8,                # 8 or 16 wanted
-    rows:Callable|None=None,   # as for `read_image`
 ) -> torch.Tensor:             # image (c, h, w), uint8 or uint16
     "Read a picture: as a viewer shows it where 1 or 3 channels of 8 bits are wanted, else all bands as they are."
     data = file.getvalue() if isinstance(file, io.BytesIO) else file_bytes(file)
     if in_chans in (1, 3) and bits == 8 and not data.startswith(NUMPY):
-        pixels = _stored_pixels(data, in_chans, rows)
-        return read_image(io.BytesIO(data), in_chans, shrink, rows) if pixels is None else pixels
+        pixels = _stored_pixels(data, in_chans)
+        return read_image(io.BytesIO(data), in_chans, shrink) if pixels is None else pixels
     return read_bands(data, in_chans, bits)
 
 def read_whole(

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['eval_crop', 'crop_box', 'resize', 'resize_as_pil', 'CropSpec', 'apply_crop', 'enlarge_spec', 'eval_spec',
            'eval_transform', 'whole_spec', 'train_spec', 'fixed_spec', 'train_transform', 'fixed_crop', 'Transform',
-           'FunctionTransform', 'as_transform', 'scaled_size', 'Crop', 'Need', 'CenterCrop']
+           'FunctionTransform', 'as_transform', 'scaled_size', 'Crop', 'CenterCrop']
 
 # %% ../../nbs/data/06_crops.ipynb #2744f377
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from PIL import Image
@@ -28,10 +27,6 @@ def crop_box(
     ratio:tuple[float, float]=(3/4, 4/3),  # smallest and largest columns / rows
 ) -> tuple[int, int, int, int]:  # top, left, rows, columns
     "The box of a random resized crop: ten tries, then the largest centred box of an allowed ratio."
-    return _box(tuple(size), tuple(scale), k, tuple(ratio))
-
-@lru_cache(maxsize=64)   # a sample's box is asked for more than once: where to stop decoding, and what to show
-def _box(size:tuple, scale:tuple, k:int, ratio:tuple) -> tuple[int, int, int, int]:
     H, W = size
     for i in range(0, 20, 2):
         area = H * W * (scale[0] + nth_uniform(k, i) * (scale[1] - scale[0]))
@@ -95,7 +90,8 @@ def apply_crop(
     img = img[:, s.top:s.top + s.rows, s.left:s.left + s.columns]
     if img.shape[1:] != (s.height, s.width):
         img = scale(img, (s.height, s.width))
-    img = img[:, s.down:s.down + size[0], s.right:s.right + size[1]]
+    if img.shape[1:] != tuple(size):
+        img = img[:, s.down:s.down + size[0], s.right:s.right + size[1]]
     return img.flip(-1) if s.mirrored else img
 
 def enlarge_spec(
@@ -218,14 +214,6 @@ class Transform:
         "The image may be decoded at 1/shrink scale."
         return 1
 
-    def rows(self,
-        whole:tuple[int, int],   # (rows, columns) of the image
-        k:Callable[[str], int],  # returns the key for a purpose
-        size:tuple[int, int],    # (rows, columns) wanted
-    ) -> int:
-        "The sample needs so many rows from the top; those below may be black."
-        return whole[0]
-
 @dataclass(frozen=True)
 class FunctionTransform(Transform):
     "A function of your own as a `Transform`."
@@ -255,18 +243,8 @@ class Crop(Transform):
     flip: bool = True              # mirror half of the images
     pixel_change = ''
 
-    def __init_subclass__(cls):
-        "A subclass that makes its samples in a way of its own sees the whole image, unless it says otherwise."
-        super().__init_subclass__()
-        if '__call__' in cls.__dict__ and 'rows' not in cls.__dict__:
-            cls.rows = Transform.rows
-
     def spec(self, whole, k, size):
         return train_spec(whole, k, size, self.crop_scale, self.flip)
-
-    def rows(self, whole, k, size):
-        spec = self.spec(whole, k, size)
-        return spec.top + spec.rows
 
     def shrink(self, whole, k, size):
         factor = 1
@@ -282,25 +260,6 @@ class Crop(Transform):
             return False
         _, _, rows, columns = crop_box(whole, self.crop_scale, k('crop'))
         return rows >= size[0] and columns >= size[1]
-
-# %% ../../nbs/data/06_crops.ipynb #8883e169
-class Need(NamedTuple):
-    "How much of an image its samples need."
-    transform: Transform
-    keys: list            # of each sample: returns the key for a purpose
-    size: tuple[int, int] # (rows, columns) of a sample
-
-    def shrink(self,
-        whole:tuple[int, int],   # (rows, columns) of the image
-    ) -> int:                    # 1, 2, 4 or 8
-        "The scale that is enough for all of them."
-        return min(self.transform.shrink(whole, k, self.size) for k in self.keys)
-
-    def rows(self,
-        whole:tuple[int, int],   # (rows, columns) of the image
-    ) -> int:
-        "Rows from the top that are enough for all of them."
-        return max(self.transform.rows(whole, k, self.size) for k in self.keys)
 
 # %% ../../nbs/data/06_crops.ipynb #3b29b150
 @dataclass(frozen=True)

@@ -81,16 +81,11 @@ class ImageSet:
         "Whether the items are decoded pixels."
         return isinstance(self.items, np.ndarray)
 
-    @property
-    def are_whole(self) -> bool:
-        "Whether all files are known to be whole, so that `read` may leave out rows that nobody needs."
-        return getattr(self.items, 'are_whole', False) and type(self).read is ImageSet.read
-
-    def read(self, i:int, shrink:Callable|None=None, rows:Callable|None=None) -> torch.Tensor:
-        "Image number `i` as (c, h, w) of the set's bits; `shrink` and `rows` as in `read_image`."
+    def read(self, i:int, shrink:Callable|None=None) -> torch.Tensor:
+        "Image number `i` as (c, h, w) of the set's bits; `shrink` as in `read_image`."
         if self.in_memory:
             return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        return read_picture(io.BytesIO(self.data(i)), self.in_chans, shrink, self.bits, rows)
+        return read_picture(io.BytesIO(self.data(i)), self.in_chans, shrink, self.bits)
 
     def check_stats(self):
         "Raise where mean and deviation are not known: a run would standardise by numbers that nobody has counted."

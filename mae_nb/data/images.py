@@ -131,13 +131,13 @@ class _Passes:
 # %% ../../nbs/data/01_images.ipynb #48e42daf
 def bare_jpeg(
     data:bytes,  # a JPEG file
-) -> tuple[bytes, bool, int, int]:  # the image; whether notes on its rotation may be lost; frame's code; `rows_at`
+) -> tuple[bytes, bool, int]:  # the same image; whether it lost notes that may say how to rotate it; its frame's code
     "A JPEG without notes and stray bytes; an error if a pass over the image is missing."
     kept, frame, components, exif, passes = [b'\xff\xd8'], None, b'', False, _Passes()
     for code, segment, end in _segments(data):
         exif |= code == _EXIF
         if code in _FRAMES:
-            frame, components, rows_at = code, bytes(segment[10::3]), sum(map(len, kept)) + 5
+            frame, components = code, bytes(segment[10::3])
         if code != _SCAN:
             if not _is_note(code, segment):
                 kept.append(segment)
@@ -150,14 +150,13 @@ def bare_jpeg(
         scanned = bytes(segment[5:-3:2])
         if frame in _ONE_PASS and len(scanned) == len(components):   # nearly all files: one pass
             head = b''.join(kept)
-            bare = data if data.startswith(head) else head + data[end:]
-            return bare, exif, frame, rows_at
+            return data if data.startswith(head) else head + data[end:], exif, frame
         passes.add(scanned, *segment[-3:])
         following = _MARKER.search(data, end)
         kept.append(data[end:following.start() if following else len(data)])
     if frame in (*_ONE_PASS, _PROGRESSIVE):
         passes.check_complete(components)
-    return b''.join(kept), exif, frame, 0
+    return b''.join(kept), exif, frame
 
 def jpeg_pixels(
     bare:bytes,    # from `bare_jpeg`
@@ -180,12 +179,11 @@ def read_image(
     file:str|Path|io.BytesIO,  # a file in one of `readable_formats`; its content counts, not its name
     in_chans:int=3,            # channels wanted: 1 or 3
     shrink:Callable[[tuple[int, int]], int]|None=None,  # (rows, columns) -> 1, 2, 4 or 8: decode a JPEG at 1/that scale
-    rows:Callable[[tuple[int, int]], int]|None=None,    # (rows, columns) -> rows from the top that have to be decoded
 ) -> torch.Tensor:             # image (c, h, w), uint8
     "Read an image file, whole or not at all."
     data = file.getvalue() if isinstance(file, io.BytesIO) else file_bytes(file)
     if data[:3] == b'\xff\xd8\xff':
-        return _read_jpeg(data, in_chans, shrink, rows)
+        return _read_jpeg(data, in_chans, shrink)
     try:
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
     except UnidentifiedImageError:
@@ -207,7 +205,6 @@ class JpegHead(NamedTuple):
     space: str    # colour space: Gray, YCbCr, RGB, CMYK or YCCK
     turn: int     # EXIF orientation, from 1 = upright to 8
     is_lossless: bool   # such a file is decoded at full scale, and by the CPU
-    rows_at: int  # place of the number of rows in `bare` if its pixels are one pass; else 0
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -218,7 +215,7 @@ def jpeg_head(
     data:bytes,  # a JPEG file
 ) -> JpegHead:
     "Read a JPEG up to its pixels; a size beyond the limits or a missing pass is an error."
-    bare, exif, frame, rows_at = bare_jpeg(data)
+    bare, exif, frame = bare_jpeg(data)
     try:
         h, w, space, _ = simplejpeg.decode_jpeg_header(bare)
     except ValueError as e:
@@ -226,37 +223,14 @@ def jpeg_head(
             raise ValueError('a JPEG with an unusual subsampling of its channels: save it again without') from e
         raise
     check_size(h, w)
-    return JpegHead(bare, h, w, space, _orientation(data) if exif else 1, frame in _LOSSLESS, rows_at)
+    return JpegHead(bare, h, w, space, _orientation(data) if exif else 1, frame in _LOSSLESS)
 
-_CONTEXT = 2   # rows below: colours at half the height are interpolated
-_BLOCK = 16    # rows that are decoded together, at least: with fewer left there is nothing to save
-_REST = re.compile(r'extraneous bytes before marker 0xd[0-79]')
-
-def _upper_rows(head:JpegHead, colours:str, rows:int) -> np.ndarray|None:
-    "The first rows of a JPEG with black below; None if they are damaged, or if there is nothing to save."
-    last = rows + _CONTEXT
-    if not head.rows_at or last > head.rows - _BLOCK:
-        return None
-    pixels = np.empty((head.rows, head.columns, 1 if colours == 'GRAY' else 3), np.uint8)
-    pixels[last:] = 0
-    shorter = head.bare[:head.rows_at] + last.to_bytes(2, 'big') + head.bare[head.rows_at + 2:]
-    try:
-        simplejpeg.decode_jpeg(shorter, colours, buffer=pixels)
-    except ValueError as e:
-        if not _REST.search(str(e)):
-            return None
-    return pixels   # the error, if any, is the first fault: all rows came before it
-
-def _read_jpeg(data:bytes, in_chans:int, shrink:Callable|None, rows:Callable|None) -> torch.Tensor:
+def _read_jpeg(data:bytes, in_chans:int, shrink:Callable|None) -> torch.Tensor:
     "A JPEG, without PIL where it is not needed."
     head = jpeg_head(data)
     has_inks = head.space in ('CMYK', 'YCCK')
-    colours = 'CMYK' if has_inks else 'GRAY' if head.space == 'Gray' else 'RGB'
     factor = shrink(head.upright) if shrink and not has_inks and not head.is_lossless else 1
-    in_part = rows and factor == 1 and head.turn == 1 and not has_inks
-    pixels = _upper_rows(head, colours, rows(head.upright)) if in_part else None
-    if pixels is None:
-        pixels = jpeg_pixels(head.bare, colours, factor)
+    pixels = jpeg_pixels(head.bare, 'CMYK' if has_inks else 'GRAY' if head.space == 'Gray' else 'RGB', factor)
     if head.space == 'Gray' and in_chans == 3:
         pixels = pixels.repeat(3, axis=2)   # the same as decoding to RGB, which a lossless file refuses
     if head.turn == 1 and pixels.shape[2] == in_chans:   # nearly all files

@@ -11,7 +11,6 @@ import gc
 import io
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ..base.processes import processes, rank
 from ..base.stores import StoreError
 from .augment import augment_of, check_bands
 from .browse import Browsing
-from .crops import CenterCrop, Need, Transform, as_transform, eval_crop
+from .crops import CenterCrop, Transform, as_transform, eval_crop
 from .datasets import check_pair, load_source
 from .device_jpeg import DECODE, DeviceDecoder, EncodedBatch, EncodedJpeg, check_device, device_jpeg
 from .image_set import ImageSet
@@ -118,10 +117,12 @@ class Samples(Dataset):
     ) -> list:                  # of (image (c, *size) or `EncodedJpeg`, label, index, [(number, reason) of a bad file])
         "Read an image, or one that replaces it, and make `repeats` samples of it."
         keys = [self._keys(epoch, index, repeat) for repeat in range(self.repeats)]
-        need = Need(self.transform, keys, self.size)
-        img, number, bad = self._read(epoch, index, need, decode or self.decode)
+        def shrink(whole):
+            return min(self.transform.shrink(whole, k, self.size) for k in keys)
+
+        img, number, bad = self._read(epoch, index, shrink, decode or self.decode)
         if isinstance(img, EncodedJpeg):
-            factor = need.shrink(img.whole)
+            factor = shrink(img.whole)
             imgs = [img.cropped(self.transform, k, self.size, factor) for k in keys]
         else:
             imgs = [self.transform(img, k, self.size) for k in keys]
@@ -130,14 +131,14 @@ class Samples(Dataset):
 
     def _keys(self, epoch:int, index:int, repeat:int) -> Callable[[str], int]:
         "Returns the sample's key for a purpose."
-        return cache(lambda purpose: key(self.seed, epoch, index, purpose, repeat))
+        return lambda purpose: key(self.seed, epoch, index, purpose, repeat)
 
-    def _read(self, epoch:int, index:int, need:Need, decode:str) -> tuple:
+    def _read(self, epoch:int, index:int, shrink:Callable, decode:str) -> tuple:
         "The first image that can be read, its number, and (number, reason) of those that cannot."
         number, bad = index, []
         while len(bad) <= self.max_tries:
             try:
-                return self._read_image(number, (epoch, index), need, decode), number, bad
+                return self._read_image(number, (epoch, index), shrink, decode), number, bad
             except StoreError as e:   # no fault of the picture: another one must not replace it
                 return self._black(), number, [(None, str(e))]
             except Exception as e:
@@ -150,13 +151,13 @@ class Samples(Dataset):
     def _black(self) -> torch.Tensor:
         return torch.zeros(self.images.in_chans, *self.size, dtype=self.images.dtype)
 
-    def _read_image(self, number:int, sample:tuple, need:Need, decode:str):
+    def _read_image(self, number:int, sample:tuple, shrink:Callable, decode:str):
         "An image, or an `EncodedJpeg` if the device is to decode it."
         if decode == 'cpu':
-            return self.images.read(number, need.shrink, *[need.rows] * self.images.are_whole)
+            return self.images.read(number, shrink)
         data = self.images.data(number)
         jpeg = device_jpeg(data, self.size, sample)
-        return jpeg or read_image(io.BytesIO(data), self.images.in_chans, need.shrink)
+        return jpeg or read_image(io.BytesIO(data), self.images.in_chans, shrink)
 
 # %% ../../nbs/data/09_loader.ipynb #a4c47146
 def collate(

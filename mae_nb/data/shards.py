@@ -258,7 +258,6 @@ def _kept_labels(name:str, part:Part, jobs:list, index:dict) -> list|None:
 class Packed(Encoded):
     "The images of one part of a packed folder."
     max_open = 512   # files
-    are_whole = True   # each image was decoded, to its last row, before it was written
     def __init__(self,
         folder:Path,        # where the shards are, or the cache for them
         shards:list,        # (file, row in the list of shards) in order
