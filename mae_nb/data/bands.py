@@ -210,10 +210,12 @@ def read_bands(
 _STORED = re.compile(rb'P([56])\n(\d{1,6}) (\d{1,6})\n255\n')   # what PIL writes before the pixels of a PPM
 
 def _stored_pixels(data:bytes, in_chans:int) -> torch.Tensor|None:
-    "The pixels of a PPM as packing writes it, in grey or colour; None for any other file, which is PIL's to read."
-    if not (head := _STORED.match(data)):
+    "The pixels of a PPM as packing writes it, in grey or colour; None for any other file, which PIL reads."
+    head = _STORED.match(data)
+    if not head:
         return None
-    channels, (w, h) = 1 if head[1] == b'5' else 3, (int(side) for side in head.groups()[1:])
+    channels = 1 if head[1] == b'5' else 3
+    w, h = int(head[2]), int(head[3])
     if channels > in_chans or not w * h or len(data) != head.end() + h * w * channels:
         return None
     check_size(h, w)

@@ -32,10 +32,10 @@ from .images import quiet_worker, read_image
 def reencode(
     raw:bytes,           # an image file
     max_side:int|None,   # longest side in pixels; None keeps the bytes as they are
-    quality:int|None=90, # of the JPEG, 1 to 100; None: pixels instead of a JPEG, as PPM
+    quality:int|None=90, # of the JPEG, 1 to 100; None: a PPM, which is pixels behind a header of one line
     read:Callable=read_image,  # `BytesIO` -> image (c, h, w) as uint8; raises if it is no whole image
 ) -> bytes:
-    "Check an image and, if it is longer than `max_side` or no JPEG, write it anew as a JPEG; as PPM in any case."
+    "Check an image and, if it is longer than `max_side` or not of the kind that is wanted, write it anew."
     img = read(io.BytesIO(raw))
     if max_side is None or (quality and max(img.shape[1:]) <= max_side and raw[:2] == b'\xff\xd8'):
         return raw

@@ -20,6 +20,7 @@ from mae_nb.data.images import read_image
 from mae_nb.data.loader import Samples
 from mae_nb.data.shards import reencode
 
+
 def stored(raw, side=64):
     return reencode(raw, side, None)
 
