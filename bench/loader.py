@@ -1,12 +1,13 @@
-"""How fast images come: python bench/loader.py SAMPLE.tar [--json FILE]
+"""How fast images come: python bench/loader.py SAMPLE.tar [--json FILE] [--only-rates]
 
 SAMPLE.tar holds JPEGs as .../train/<class>/<file>, such as imagenet_sample.tar. One process and one thread, random
 resized crop to 224 and flip, uint8 out, files in the system's cache. The loaders take turns, each reads the whole
 sample in a turn, and the median of the turns counts. Rates of one process are images per second of its own processor
-time, which other work on the machine changes little. One row is a worker's part if a GPU decodes.
+time, which other work on the machine changes little. One row is a worker's part if a GPU decodes. At 1/8 scale and
+in grey libjpeg-turbo has all bits to read and nearly no pixels to make: this part no decoder can leave out.
 
-Then: one worker against two (by the clock), the same with a GPU that decodes if there is one, the price of re-encoding
-in image quality, and memory while 20,000 images (copies) go through two workers.
+Then, without --only-rates: one worker against two (by the clock), the same with a GPU that decodes if there is one,
+the price of re-encoding in image quality, and memory while 20,000 images (copies) go through two workers.
 """
 import argparse
 import io
@@ -41,6 +42,8 @@ from mae_nb.training.recipes import override
 
 SIDE, QUALITY = 320, 90
 FIRST, ALONE, ALONE_SMALL = 'ImageFolder + PIL', 'decoding alone', f'decoding alone, {SIDE} pixels'
+BITS, BITS_SMALL = 'its bits alone', f'its bits alone, {SIDE} pixels'
+PIXELS = f'ours, packed, {SIDE} pixels, uncompressed'
 FILES, PACKED, SMALL = ('ours, the same files', 'ours, packed, original bytes',
                         f'ours, packed, {SIDE} pixels, quality {QUALITY}')
 
@@ -73,12 +76,16 @@ def clock_rate(loader):
     next(iter(loader))
     return median(rate(loader, time.perf_counter) for _ in range(3))
 
-def decode_rate(raws):
+def decode_rate(raws, colours='RGB', **options):
     "Images a second of libjpeg-turbo alone, from memory."
     start = time.process_time()
     for raw in raws:
-        decode_jpeg(raw, 'RGB')
+        decode_jpeg(raw, colours, **options)
     return len(raws) / (time.process_time() - start)
+
+def bits_rate(raws):
+    "Images a second of libjpeg-turbo's entropy decoding, and of little else."
+    return decode_rate(raws, 'GRAY', min_height=1, min_width=1, min_factor=8)
 
 def decodable(raws):
     "The files that libjpeg-turbo turns into RGB, which are those not in CMYK."
@@ -125,10 +132,13 @@ def measure_rates(folder, d, plain, small, rounds, bs):
         FILES: lambda: rate(ours(folder, bs)),
         PACKED: lambda: rate(ours(d/'packed', bs)),
         SMALL: lambda: rate(ours(d/'small', bs)),
+        PIXELS: lambda: rate(ours(d/'pixels', bs)),
         'ours, the same files, 4 crops of each': lambda: rate(ours(folder, bs, repeats=4)),
         'left to a worker where a GPU decodes, packed': partial(workers_part, d/'packed', bs),
         ALONE: lambda: decode_rate(raws),
         ALONE_SMALL: lambda: decode_rate(small_raws),
+        BITS: lambda: bits_rate(raws),
+        BITS_SMALL: lambda: bits_rate(small_raws),
     }
     rates = {name: [] for name in turns}
     for _ in range(rounds):
@@ -174,31 +184,44 @@ def print_rates(rates, about):
     print('\nshare of decoding alone: ' + ', '.join(f'{name} {share:.0%}' for name, share in shares.items()))
     return shares
 
-def main(sample, rounds, bs, file):
+def bounds(rates):
+    "How many times ImageFolder's rate ours would have if decoding took no more than reading the bits."
+    pairs = {FILES: (ALONE, BITS), PACKED: (ALONE, BITS), SMALL: (ALONE_SMALL, BITS_SMALL)}
+    seconds = {name: 1 / value for name, value in rates.items()}
+    return {name: seconds[FIRST] / (seconds[name] - seconds[alone] + seconds[bits])
+            for name, (alone, bits) in pairs.items()}
+
+def measure_rest(d, plain, small, bs):
+    "The price of re-encoding in image quality, and what the clock and the memory of several processes show."
+    loss = quality(plain, small)
+    print(f'PSNR of the re-encoded: {loss["jpeg"]:.1f} dB for the JPEG, {loss["crop"]:.1f} dB for the middle crop '
+          f'of 224 (worst {loss["crop_worst"]:.1f})')
+    workers, mib = measure_many(small, d, bs)
+    return dict(psnr=loss, workers=workers, gpu=measure_gpu(d, len(plain), bs), memory_mib=mib)
+
+def main(sample, rounds, bs, file, only_rates):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         shutil.unpack_archive(sample, d)
         folder = next(d.rglob('train')).parent
         parts = {'train': packable_parts(folder)['train']}
-        for out, side in (('packed', None), ('small', SIDE)):
-            pack(parts, d/out, max_side=side, quality=QUALITY)
-        plain, small = (load_source(d/name)[0] for name in ('packed', 'small'))
+        for out, side, jpeg in (('packed', None, QUALITY), ('small', SIDE, QUALITY), ('pixels', SIDE, None)):
+            pack(parts, d/out, max_side=side, quality=jpeg)
+        plain, small, pixels = (load_source(d/name)[0] for name in ('packed', 'small', 'pixels'))
         about = dict(machine=f'{platform.machine()}, 1 thread', torch=torch.__version__,
                      torchvision=torchvision.__version__, pictures=len(plain), rounds=rounds)
         rates = measure_rates(folder, d, plain, small, rounds, bs)
         shares = print_rates(rates, about)
-        sets = {'original': plain, 're-encoded': small}
+        limits = bounds(rates)
+        print('times ImageFolder if decoding were reading the bits: '
+              + ', '.join(f'{name} {limit:.2f}' for name, limit in limits.items()))
+        sets = {'original': plain, 're-encoded': small, 'uncompressed': pixels}
         sizes = {name: sum(map(len, images.items)) / len(images) / 1000 for name, images in sets.items()}
-        print(f'KB a picture: {sizes["original"]:.1f}, re-encoded {sizes["re-encoded"]:.1f}')
-        loss = quality(plain, small)
-        print(f'PSNR of the re-encoded: {loss["jpeg"]:.1f} dB for the JPEG, {loss["crop"]:.1f} dB for the middle crop '
-              f'of 224 (worst {loss["crop_worst"]:.1f})')
-        workers, mib = measure_many(small, d, bs)
-        gpu = measure_gpu(d, len(plain), bs)
+        print('KB a picture: ' + ', '.join(f'{name} {size:.1f}' for name, size in sizes.items()))
+        rest = {} if only_rates else measure_rest(d, plain, small, bs)
     if file:
-        result = about | dict(rates=rates, share_of_decoding=shares, kb=sizes, psnr=loss, workers=workers, gpu=gpu,
-                              memory_mib=mib)
+        result = about | dict(rates=rates, share_of_decoding=shares, bounds=limits, kb=sizes) | rest
         Path(file).write_text(json.dumps(result, indent=1) + '\n')
 
 if __name__ == '__main__':
@@ -207,5 +230,6 @@ if __name__ == '__main__':
     parser.add_argument('--json')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--bs', type=int, default=50)
+    parser.add_argument('--only-rates', action='store_true')
     args = parser.parse_args()
-    main(args.sample, args.rounds, args.bs, args.json)
+    main(args.sample, args.rounds, args.bs, args.json, args.only_rates)

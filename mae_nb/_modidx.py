@@ -308,6 +308,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mae_nb.data.bands._read_deep_grey': ('data/bands.html#_read_deep_grey', 'mae_nb/data/bands.py'),
                                    'mae_nb.data.bands._read_npy': ('data/bands.html#_read_npy', 'mae_nb/data/bands.py'),
                                    'mae_nb.data.bands._read_tiff': ('data/bands.html#_read_tiff', 'mae_nb/data/bands.py'),
+                                   'mae_nb.data.bands._stored_pixels': ('data/bands.html#_stored_pixels', 'mae_nb/data/bands.py'),
                                    'mae_nb.data.bands._upright': ('data/bands.html#_upright', 'mae_nb/data/bands.py'),
                                    'mae_nb.data.bands.band_layout': ('data/bands.html#band_layout', 'mae_nb/data/bands.py'),
                                    'mae_nb.data.bands.channel_axis': ('data/bands.html#channel_axis', 'mae_nb/data/bands.py'),

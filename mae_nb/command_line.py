@@ -242,7 +242,7 @@ _SUBJECTS = {   # a flag's group in the help
     'how it is trained': 'recipe set epochs max_steps minutes bs seed labels tune rates readout',
     'where it runs': 'device num_workers jobs decode parallel gpus rate memory price dtype steps pairs folder book',
     'what is written': 'out half map map_by resume data_check log save_every if_full plan json format quantize '
-                       'max_side quality per_shard skip_bad few stats bands debug',
+                       'max_side quality uncompressed per_shard skip_bad few stats bands debug',
 }
 _QUESTIONS = {   # flags that are answered instead of a run
     '--version': "show the package's version",

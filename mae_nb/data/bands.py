@@ -9,6 +9,7 @@ __all__ = ['SURE', 'NUMPY', 'GEOREFERENCE', 'channel_axis', 'BandLayout', 'has_g
 # %% ../../nbs/data/01b_bands.ipynb #0246bf3d
 import io
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -206,6 +207,23 @@ def read_bands(
             raise ValueError(f'the file has {own[0]} channels of {own[1]} bits, and {wanted} {what} are wanted')
     return torch.from_numpy(np.require(pixels, pixels.dtype.newbyteorder('='), ['C', 'W']))
 
+_STORED = re.compile(rb'P([56])\n(\d{1,6}) (\d{1,6})\n255\n')   # what PIL writes before the pixels of a PPM
+
+def _stored_pixels(data:bytes, in_chans:int) -> torch.Tensor|None:
+    "The pixels of a PPM as packing writes it, in grey or colour; None for any other file, which PIL reads."
+    head = _STORED.match(data)
+    if not head:
+        return None
+    channels = 1 if head[1] == b'5' else 3
+    w, h = int(head[2]), int(head[3])
+    if channels > in_chans or not w * h or len(data) != head.end() + h * w * channels:
+        return None
+    check_size(h, w)
+    stored = np.frombuffer(data, np.uint8, offset=head.end()).reshape(h, w, channels)
+    pixels = np.empty((h, w, in_chans), np.uint8)
+    pixels[:] = stored   # a copy, which may be changed; grey is repeated
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
 def read_picture(
     file:str|Path|io.BytesIO,  # an image file
     in_chans:int=3,            # channels wanted
@@ -215,7 +233,8 @@ def read_picture(
     "Read a picture: as a viewer shows it where 1 or 3 channels of 8 bits are wanted, else all bands as they are."
     data = file.getvalue() if isinstance(file, io.BytesIO) else file_bytes(file)
     if in_chans in (1, 3) and bits == 8 and not data.startswith(NUMPY):
-        return read_image(io.BytesIO(data), in_chans, shrink)
+        pixels = _stored_pixels(data, in_chans)
+        return read_image(io.BytesIO(data), in_chans, shrink) if pixels is None else pixels
     return read_bands(data, in_chans, bits)
 
 def read_whole(

@@ -90,7 +90,8 @@ def apply_crop(
     img = img[:, s.top:s.top + s.rows, s.left:s.left + s.columns]
     if img.shape[1:] != (s.height, s.width):
         img = scale(img, (s.height, s.width))
-    img = img[:, s.down:s.down + size[0], s.right:s.right + size[1]]
+    if img.shape[1:] != tuple(size):
+        img = img[:, s.down:s.down + size[0], s.right:s.right + size[1]]
     return img.flip(-1) if s.mirrored else img
 
 def enlarge_spec(

@@ -40,6 +40,7 @@ def pack_source(
     *,
     max_side:int|None=None,    # longest side in pixels: longer images are re-encoded; None keeps the original bytes
     quality:int|None=None,     # of re-encoded JPEGs, 1 to 100; 90 if None
+    uncompressed:bool=False,   # store pixels instead of JPEGs
     per_shard:int=4096,        # images in a shard
     skip_bad:bool=False,       # leave out unreadable images, and list them
     num_workers:int|None=None, # processes; one a core if None
@@ -56,9 +57,14 @@ def pack_source(
         return index
     if quality is not None and max_side is None:
         raise UsageError('`quality` has no meaning without `max_side`: files are kept as they are')
+    if uncompressed and max_side is None:
+        raise UsageError('`uncompressed` needs `max_side`, such as 320: pixels take much space')
+    if uncompressed and quality is not None:
+        raise UsageError('`quality` has no meaning with `uncompressed`: there are no JPEGs')
     check_ranges(max_side=max_side, quality=quality, per_shard=per_shard)
+    quality = None if uncompressed else quality or 90
     workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    return pack(packable_parts(source), out, max_side=max_side, quality=quality or 90, per_shard=per_shard,
+    return pack(packable_parts(source), out, max_side=max_side, quality=quality, per_shard=per_shard,
                 skip_bad=skip_bad, num_workers=workers, read=read_whole if max_side is None else read_image)
 
 def pack_text(

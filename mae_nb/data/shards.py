@@ -32,19 +32,18 @@ from .images import quiet_worker, read_image
 def reencode(
     raw:bytes,           # an image file
     max_side:int|None,   # longest side in pixels; None keeps the bytes as they are
-    quality:int=90,      # of the JPEG, 1 to 100
+    quality:int|None=90, # of the JPEG, 1 to 100; None: a PPM, which is pixels behind a header of one line
     read:Callable=read_image,  # `BytesIO` -> image (c, h, w) as uint8; raises if it is no whole image
 ) -> bytes:
-    "Check an image and, if it is longer than `max_side` or no JPEG, write it anew as a JPEG."
+    "Check an image and, if it is longer than `max_side` or not of the kind that is wanted, write it anew."
     img = read(io.BytesIO(raw))
-    if max_side is None or (max(img.shape[1:]) <= max_side and raw[:2] == b'\xff\xd8'):
+    if max_side is None or (quality and max(img.shape[1:]) <= max_side and raw[:2] == b'\xff\xd8'):
         return raw
-    is_grey = bool((img == img[:1]).all())
-    pixels = img[0] if is_grey else img.permute(1, 2, 0)
+    pixels = img[0] if (img == img[:1]).all() else img.permute(1, 2, 0)   # a grey image has one channel
     im = Image.fromarray(pixels.numpy())
     im.thumbnail((max_side, max_side), Image.LANCZOS)
     out = io.BytesIO()
-    im.save(out, 'jpeg', quality=quality, optimize=True)
+    im.save(out, **(dict(format='jpeg', quality=quality, optimize=True) if quality else dict(format='ppm')))
     return out.getvalue()
 
 # %% ../../nbs/data/03_shards.ipynb #0b4c1533
@@ -141,7 +140,7 @@ class _ShardWriter(Dataset):
         except Exception as e:
             return e
 
-def _plan(parts:dict, max_side:int|None, quality:int, per_shard:int) -> dict:
+def _plan(parts:dict, max_side:int|None, quality:int|None, per_shard:int) -> dict:
     "What the shards are a function of: options, and names and labels of all images."
     about = {}
     for name, part in parts.items():
@@ -184,7 +183,7 @@ def pack(
     *,
     read:Callable=read_image,  # as in `reencode`
     max_side:int|None=None,  # longest side in pixels: longer images are re-encoded; None keeps the original bytes
-    quality:int=90,          # of a re-encoded JPEG, 1 to 100
+    quality:int|None=90,     # of a re-encoded JPEG, 1 to 100; None stores pixels instead
     per_shard:int=4096,      # images in a shard
     skip_bad:bool=False,     # leave out unreadable images, and list them
     num_workers:int=0,       # processes
