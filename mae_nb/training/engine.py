@@ -30,8 +30,8 @@ from ..base.signals import StopSignals
 from .checkpoints import Checkpoints, DataCheck, Watch
 from .distributed import PARALLEL
 from .guard import Guard
-from .optim import Accumulate, Schedule, WeightEMA, adamw, check_opt_func
-from .optim import grouped_optimizer, warmup_cosine
+from .optim import (
+    Accumulate, Schedule, WeightEMA, adamw, check_opt_func, grouped_optimizer, warmup_cosine)
 from .progress import Pace, Progress
 from .presets import hopeless_rates
 from .recipes import as_config
@@ -163,8 +163,7 @@ class TaskLearner(Learner):
         for dl in [] if out is None else dls.loaders:
             dl.record = Path(out)/'bad_samples.csv'
         model = apply_switches(model.to(dls.device), **recipe.switches)
-        own = [*_basic_callbacks(dls, model, recipe, out),
-               *_recipe_callbacks(recipe), *tracker_callbacks(log, out),
+        own = [*_basic_callbacks(dls, model, recipe, out), *_recipe_callbacks(recipe), *tracker_callbacks(log, out),
                *_folder_callbacks(out, save_every, keep, if_full, data_check),
                *_parallel_callbacks(parallel, recipe.accumulate)]
         own += [StopAt(max_steps, recipe.accumulate)] if max_steps else []
@@ -202,7 +201,8 @@ class TaskLearner(Learner):
 
     # ---- numbers of the run ---------------------------------------------------------------------------------------
     @property
-    def steps_per_epoch(self) -> int: return -(-len(self.dls.train) // self.batches_per_step)
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dls.train) // self.batches_per_step)
 
     @property
     def total_batches(self) -> int:
