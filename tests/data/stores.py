@@ -41,7 +41,10 @@ class Proxy(ThreadingHTTPServer):
         self.faults, self.requests = [], []
 
     def fail(self, what, fault, times=10**6):
-        "Answer requests whose method and path contain `what` with 500, 503, 'cut', 'stall' or 'wait' (for `released`)."
+        """Answer requests whose method and path contain `what` with a fault.
+
+        500, 503 and 403; cut: half a body; silent: no answer; half: half a body, then nothing; wait: the answer, late.
+        The last three last until `released` is set."""
         self.released.clear()
         self.faults.append([what, fault, times])
 
@@ -69,9 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if fault in ERRORS:
             return self.send(fault, {}, b'<Error><Code>%s</Code><Message>on purpose</Message></Error>' % ERRORS[fault])
-        if fault in ('stall', 'wait'):
-            self.server.released.wait(60)
-        if fault == 'stall':
+        if fault in ('silent', 'wait'):
+            self.server.released.wait(600)
+        if fault == 'silent':
             self.close_connection = True
             return
         server = http.client.HTTPConnection('127.0.0.1', self.server.port)
@@ -79,10 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         reply = server.getresponse()
         own = 'transfer-encoding', 'connection', 'date', 'server'
         headers = {k: v for k, v in reply.getheaders() if k.lower() not in own}
-        self.send(reply.status, headers, reply.read(), cut=fault == 'cut')
+        self.send(reply.status, headers, reply.read(), fault)
         server.close()
 
-    def send(self, status, headers, data, cut=False):
+    def send(self, status, headers, data, fault=None):
         if self.command != 'HEAD':
             headers = {k: v for k, v in headers.items() if k.lower() != 'content-length'}
             headers['Content-Length'] = len(data)
@@ -92,9 +95,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'HEAD':
             return
-        self.wfile.write(data[:len(data) // 2] if cut else data)
-        if cut:
+        half = fault in ('cut', 'half')
+        self.wfile.write(data[:len(data) // 2] if half else data)
+        if half:
             self.wfile.flush()
+            if fault == 'half':
+                self.server.released.wait(600)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 

@@ -181,7 +181,7 @@ def test_a_store_that_goes_on_failing_ends_the_run_with_its_address(store, packe
 
 def test_each_fault_is_asked_again(store, packed, tmp_path):
     names = [f for f in packed['shards']]
-    for number, fault in enumerate((500, 503, 'cut', 'stall')):
+    for number, fault in enumerate((500, 503, 'cut', 'silent', 'half')):
         store.proxy.fail('GET', fault, 1)
         row = packed['shards'][names[number]]
         file = Address(store.uri).fetch(names[number], tmp_path/'cache'/names[number], row['sha256'])
