@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -79,21 +80,23 @@ def call_within(
     fs,             # a file system of fsspec
     method:str,     # of it, such as get_file
     *args,          # of the method
+    **kwargs,
 ):                  # what the method returns
     "Call a method of a file system; `TimeoutError` when it takes too long."
     from fsspec.exceptions import FSTimeoutError
     try:
         if fs.async_impl:
-            return getattr(fs, method)(*args, timeout=seconds)
+            return getattr(fs, method)(*args, timeout=seconds, **kwargs)
         answer = Future()
-        Thread(target=_answer, args=(answer, getattr(fs, method), args), daemon=True).start()
+        Thread(target=_answer, args=(answer, partial(getattr(fs, method), *args, **kwargs)), daemon=True).start()
         return answer.result(seconds)
     except (FSTimeoutError, NoAnswer) as e:
-        raise TimeoutError(str(e) or f'not done within {seconds:.0f} s') from None
+        own = str(e.__cause__ or '') or str(e)   # of a limit of the library's own
+        raise TimeoutError(own or f'not done within {seconds:.0f} s') from None
 
-def _answer(answer:Future, method, args:tuple):
+def _answer(answer:Future, call):
     try:
-        answer.set_result(method(*args))
+        answer.set_result(call())
     except BaseException as e:
         answer.set_exception(e)
 
@@ -162,8 +165,8 @@ class Address:
             fs, path = remote_file_system(self.at(name))
             size = call_within(seconds_for(), fs, 'size', path)
             for start in range(0, size, piece):
-                end = min(start + piece, size)
-                digest.update(call_within(seconds_for(piece), fs, 'cat_file', path, start, end))
+                end = min(start + piece, size)   # named: s3fs has them in other places than fsspec
+                digest.update(call_within(seconds_for(piece), fs, 'cat_file', path, start=start, end=end))
         return digest.hexdigest()
 
     def write(self, name:str, text:str):

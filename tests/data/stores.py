@@ -43,8 +43,8 @@ class Proxy(ThreadingHTTPServer):
     def fail(self, what, fault, times=10**6):
         """Answer requests whose method and path contain `what` with a fault.
 
-        500, 503 and 403; cut: half a body; silent: no answer; half: half a body, then nothing; wait: the answer, late.
-        The last three last until `released` is set."""
+        500, 503, 403; cut: half a body. Until `released` is set: wait: nothing, then the answer; silent: no answer;
+        half: half a body; drip: half a body and more byte after byte; deaf: does not read what is sent."""
         self.released.clear()
         self.faults.append([what, fault, times])
 
@@ -69,6 +69,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         fault = self.server.next_fault(f'{self.command} {self.path}')
+        if fault == 'deaf':
+            self.server.released.wait(600)
+            self.close_connection = True
+            return
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if fault in ERRORS:
             return self.send(fault, {}, b'<Error><Code>%s</Code><Message>on purpose</Message></Error>' % ERRORS[fault])
@@ -95,13 +99,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'HEAD':
             return
-        half = fault in ('cut', 'half')
-        self.wfile.write(data[:len(data) // 2] if half else data)
-        if half:
-            self.wfile.flush()
-            if fault == 'half':
-                self.server.released.wait(600)
-            self.close_connection = True
+        if fault in ('cut', 'half', 'drip'):
+            self.send_part(data, fault)
+        else:
+            self.wfile.write(data)
+
+    def send_part(self, data, fault):
+        half, self.close_connection = len(data) // 2, True
+        self.wfile.write(data[:half])
+        self.wfile.flush()
+        if fault == 'cut':
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == 'half':
+            self.server.released.wait(600)
+        else:
+            for byte in data[half:]:
+                self.wfile.write(bytes([byte]))
+                if self.server.released.wait(.2):
+                    break
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
