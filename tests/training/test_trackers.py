@@ -63,7 +63,8 @@ def read_trackio(out):
     file, = out.parent.glob('trackio/*.db')
     with sqlite3.connect(file) as db:
         found = db.execute('select step, metrics from metrics where run_name = ? order by id', [id_of(out, 'trackio')])
-        return [dict(step=step) | json.loads(values) for step, values in found]
+        rows = [dict(step=step) | json.loads(values) for step, values in found]
+    return [row for row in rows if 'step_loss' in row]   # and not the pictures' rows
 
 
 def read_mlflow(out):
