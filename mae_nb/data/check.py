@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from ..base.errors import UsageError
 from ..base.names import check_ranges
+from ..base.signals import batches_of
+from ..base.stores import StoreError
 from .bands import NUMPY, has_georeference, read_picture
 from .channels import with_channels
 from .datasets import check_pair, read_source
@@ -102,8 +104,18 @@ class FileReports(Dataset):
             digest = _digest(data)
             found = inspect_file(data, self.images.in_chans, self.images.bits)
             return FileReport(digest, *found, '', has_georeference(data))
+        except StoreError as e:   # no fault of the file: the check ends
+            return e
         except Exception as e:
             return FileReport(digest, 0, 0, 0, '', error_text(e))
+
+    def __getitems__(self, numbers:list) -> list:
+        reports = []
+        for i in numbers:
+            reports.append(self[i])
+            if isinstance(reports[-1], StoreError):
+                break
+        return reports
 
 def _digest(data:bytes) -> bytes:
     return hashlib.sha256(data).digest()[:16]
@@ -148,9 +160,11 @@ def _read_all(part:str, images:ImageSet, num_workers:int) -> list[FileReport]:
         batches = DataLoader(files, batch_size=32, num_workers=num_workers, collate_fn=list,
                              worker_init_fn=quiet_worker)
     bar = tqdm(total=len(images), desc=f'reading {part}', unit=' images', disable=None)   # none in a log file
-    with bar, warnings.catch_warnings():
+    with bar, warnings.catch_warnings(), batches_of(batches) as batches:
         warnings.filterwarnings('ignore', module='PIL')   # damaged notes in a file
         for batch in batches:
+            if isinstance(batch[-1], StoreError):
+                raise batch[-1]
             bar.update(len(batch))
             reports += batch
     return reports

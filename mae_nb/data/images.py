@@ -65,7 +65,6 @@ def to_rgb_or_grey(
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert({1: 'L', 3: 'RGB'}[in_chans])
 
-
 # %% ../../nbs/data/01_images.ipynb #92f81efc
 MAX_PIXELS = 89_478_485   # of one image: a quarter of a gigabyte in RGB, where PIL begins to warn
 MAX_ASPECT = 100          # longer side / shorter side: scaled up, a thinner strip would fill the memory

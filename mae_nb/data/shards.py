@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..base.errors import MissingFile, UsageError, require
 from ..base.files import is_remote, sha256, write_atomically
 from ..base.settings import setting
+from ..base.signals import batches_of
 from ..base.stores import Address, Folder, open_store
 from .archives import Encoded, Part, source_stamp
 from .images import quiet_worker, read_image
@@ -156,9 +157,8 @@ def _marks(plan:dict) -> Callable:
 def _jobs(parts:dict, per_shard:int) -> list[_Job]:
     jobs = []
     for name, part in parts.items():
-        n = len(part.items)
-        jobs += [_Job(f'{name}-{number:05}.arrow', name, start, min(start + per_shard, n))
-                 for number, start in enumerate(range(0, n, per_shard))]
+        jobs += [_Job(f'{name}-{number:05}.arrow', name, start, min(start + per_shard, len(part.items)))
+                 for number, start in enumerate(range(0, len(part.items), per_shard))]
     return jobs
 
 def _begin(store:Folder|Address, plan:dict, skip_bad:bool) -> dict:
@@ -222,9 +222,9 @@ def _write_missing(store:Folder|Address, parts:dict, jobs:list, index:dict, enco
     if missing:
         _write_index(store, index | dict(complete=False))
     images, left = (sum(job.stop - job.start for job in some) for some in (jobs, missing))
-    rows = DataLoader(_ShardWriter(store, parts, missing, encode, index['plan']), batch_size=None,
-                      num_workers=num_workers, worker_init_fn=quiet_worker)
-    with tqdm(total=images, initial=images - left, unit=' images', disable=None) as bar:
+    loader = DataLoader(_ShardWriter(store, parts, missing, encode, index['plan']), batch_size=None,
+                        num_workers=num_workers, worker_init_fn=quiet_worker)
+    with tqdm(total=images, initial=images - left, unit=' images', disable=None) as bar, batches_of(loader) as rows:
         for job, row in zip(missing, rows):
             if isinstance(row, Exception):
                 raise row
@@ -283,7 +283,7 @@ class Packed(Encoded):
             file, row = self.shards[s]
             path = self.folder/file
             if self.uri:
-                Address(self.uri).fetch(file, path, row['sha256'])
+                Address(self.uri).fetch(file, path, row['sha256'], row['bytes'])
             pa = require('pyarrow', 'pack')
             self.opened[s] = pa.ipc.open_file(pa.OSFile(str(path)))
         return self.opened[s]

@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader
 from ..base.errors import MissingFile, UsageError
 from ..base.files import is_remote
 from ..base.names import pick
+from ..base.signals import batches_of
+from ..base.stores import StoreError
 from ..data.archives import (
     DEVKIT, VAL_TAR, Encoded, TarMembers, devkit_labels, parquet_files, parquet_parts, tar_members)
 from ..data.crops import CenterCrop, Transform, apply_crop, eval_crop, eval_spec, resize_as_pil
 from ..data.datasets import SOURCES, ImageSet, encoded_parts, folder_set, read_source
 from ..data.images import printable, quiet_worker, standardize
 from ..data.inventory import split_folders
-from ..data.loader import Samples, collate
+from ..data.loader import Samples, collate, store_fault
 from ..data.shards import INDEX, Packed
 from ..weights.reading import Weights
 
@@ -173,12 +175,15 @@ def image_batches(
     loader = DataLoader(samples, batch_sampler=[[(0, i) for i in batch] for batch in batches], collate_fn=collate,
                         num_workers=min(workers, len(batches)), pin_memory=device.type == 'cuda',
                         worker_init_fn=quiet_worker, generator=torch.Generator())
-    for imgs, index, _, bad in loader:
-        if bad:
-            number, reason = bad[0]
-            raise UsageError(f'{printable(images.place(number))} cannot be read as an image: {reason}; '
-                             'mend it or move it away')
-        yield standardize(imgs.to(device, non_blocking=True), images.mean, images.std), index
+    with batches_of(loader) as read:
+        for imgs, index, _, bad in read:
+            if fault := store_fault(bad):
+                raise StoreError(fault)
+            if bad:
+                number, reason = bad[0]
+                raise UsageError(f'{printable(images.place(number))} cannot be read as an image: {reason}; '
+                                 'mend it or move it away')
+            yield standardize(imgs.to(device, non_blocking=True), images.mean, images.std), index
 
 # %% ../../nbs/tasks/20_batches.ipynb #2717e8e6
 def picture_name(

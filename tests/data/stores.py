@@ -41,7 +41,10 @@ class Proxy(ThreadingHTTPServer):
         self.faults, self.requests = [], []
 
     def fail(self, what, fault, times=10**6):
-        "Answer requests whose method and path contain `what` with 500, 503, 'cut', 'stall' or 'wait' (for `released`)."
+        """Answer requests whose method and path contain `what` with a fault.
+
+        500, 503, 403; cut: half a body. Until `released` is set: wait: nothing, then the answer; silent: no answer;
+        half: half a body; drip: half a body and more byte after byte; deaf: does not read what is sent."""
         self.released.clear()
         self.faults.append([what, fault, times])
 
@@ -66,12 +69,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         fault = self.server.next_fault(f'{self.command} {self.path}')
+        if fault == 'deaf':
+            self.server.released.wait(600)
+            self.close_connection = True
+            return
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if fault in ERRORS:
             return self.send(fault, {}, b'<Error><Code>%s</Code><Message>on purpose</Message></Error>' % ERRORS[fault])
-        if fault in ('stall', 'wait'):
-            self.server.released.wait(60)
-        if fault == 'stall':
+        if fault in ('silent', 'wait'):
+            self.server.released.wait(600)
+        if fault == 'silent':
             self.close_connection = True
             return
         server = http.client.HTTPConnection('127.0.0.1', self.server.port)
@@ -79,10 +86,10 @@ class Handler(BaseHTTPRequestHandler):
         reply = server.getresponse()
         own = 'transfer-encoding', 'connection', 'date', 'server'
         headers = {k: v for k, v in reply.getheaders() if k.lower() not in own}
-        self.send(reply.status, headers, reply.read(), cut=fault == 'cut')
+        self.send(reply.status, headers, reply.read(), fault)
         server.close()
 
-    def send(self, status, headers, data, cut=False):
+    def send(self, status, headers, data, fault=None):
         if self.command != 'HEAD':
             headers = {k: v for k, v in headers.items() if k.lower() != 'content-length'}
             headers['Content-Length'] = len(data)
@@ -92,10 +99,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'HEAD':
             return
-        self.wfile.write(data[:len(data) // 2] if cut else data)
-        if cut:
-            self.wfile.flush()
-            self.close_connection = True
+        if fault in ('cut', 'half', 'drip'):
+            self.send_part(data, fault)
+        else:
+            self.wfile.write(data)
+
+    def send_part(self, data, fault):
+        half, self.close_connection = len(data) // 2, True
+        self.wfile.write(data[:half])
+        self.wfile.flush()
+        if fault == 'cut':
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == 'half':
+            self.server.released.wait(600)
+        else:
+            for byte in data[half:]:
+                self.wfile.write(bytes([byte]))
+                if self.server.released.wait(.2):
+                    break
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
