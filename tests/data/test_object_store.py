@@ -1,8 +1,8 @@
 """Packing to an object store and training from it: killed, refused, cut and slow connections, a full disk.
 
 The store is moto's server, which speaks S3, on this machine; the addresses are `s3://...`, read through s3fs. A proxy
-before it fails on purpose. The checks run the fast core. Runs that are killed, stalls with no, one and two workers,
-signals, and the libraries' own settings: `pytest -m slow tests/data/test_object_store.py`.
+before it fails on purpose. All need `pip install -e '.[s3test]'`, which `dev` does not contain. Runs that are killed,
+stalls with no, one and two workers, signals, and the libraries' own settings: `pytest -m slow` with this file.
 """
 import json
 import os
@@ -27,7 +27,7 @@ from mae_nb.data.shards import open_pack
 from mae_nb.tasks import pretrain, visualize  # noqa: F401  here, and not in each fork
 
 for name in ('s3fs', 'moto', 'flask_cors', 'pyarrow'):
-    pytest.importorskip(name, reason='needs pip install s3fs "moto[s3]" flask flask-cors')
+    pytest.importorskip(name, reason="needs pip install -e '.[s3test]'")
 
 slow = pytest.mark.slow
 ASKS_TWICE = json.dumps(dict(config_kwargs=dict(read_timeout=2, connect_timeout=5, retries=dict(max_attempts=1))))
