@@ -197,16 +197,16 @@ def _end_with(parent:int):
 def end_workers(
     batches,  # the iterator of a `DataLoader`; nothing happens if it has no workers
 ):
-    "End a loader's workers; those that have not ended after a second are terminated."
+    "End a loader's workers; those that have not ended after a second are killed, as one that is stopped must be."
     workers = getattr(batches, '_workers', None)
     if not workers:
         return
 
-    def terminate():
+    def kill():
         for worker in workers:
-            worker.terminate()
+            worker.kill()
 
-    timer = threading.Timer(1., terminate)
+    timer = threading.Timer(1., kill)
     timer.start()
     try:
         batches._shutdown_workers()

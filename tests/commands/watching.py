@@ -104,6 +104,7 @@ class Watcher:
 
     def close(self):
         if self.server:
+            self.server.terminate()   # the end of its input may be held open by a fork of this process
             self.server.stdin.close()
             self.server.wait()
 

@@ -13,6 +13,7 @@ from made_images import equal_batches, loaded_batches
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from mae_nb.base.stores import StoreError
 from mae_nb.data.archives import Part
 from mae_nb.data.crops import train_transform
 from mae_nb.data.datasets import load_source
@@ -86,7 +87,7 @@ def test_an_object_store_s_shards_are_cached_and_checked(bucket, packed, tmp_pat
     assert items[60] == other and [f.name for f in cache.rglob('*.arrow')] == ['train-00001.arrow']
     good = (packed/'train-00000.arrow').read_bytes()
     write('train-00000.arrow', good[:-1] + b'?')
-    with pytest.raises(ValueError, match='train-00000.arrow is not what was packed'):
+    with pytest.raises(StoreError, match='train-00000.arrow is not what was packed'):
         items[0]
     write('train-00000.arrow', good)
     write('train-00001.arrow', b'')
