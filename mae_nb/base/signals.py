@@ -197,16 +197,18 @@ def _end_with(parent:int):
 def end_workers(
     batches,  # the iterator of a `DataLoader`; nothing happens if it has no workers
 ):
-    "End a loader's workers; those that have not ended after a second are killed, as one that is stopped must be."
+    "End a loader's workers; those that have not ended after a second are terminated."
     workers = getattr(batches, '_workers', None)
     if not workers:
         return
 
-    def kill():
+    def terminate():
         for worker in workers:
-            worker.kill()
+            worker.terminate()
+            with suppress(ProcessLookupError, AttributeError):   # SIGCONT: not on Windows
+                os.kill(worker.pid, signal.SIGCONT)   # a worker that is stopped does not hear SIGTERM
 
-    timer = threading.Timer(1., kill)
+    timer = threading.Timer(1., terminate)
     timer.start()
     try:
         batches._shutdown_workers()
