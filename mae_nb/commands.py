@@ -196,7 +196,7 @@ def mae_pack(
     out:Positional=None,   # the folder to write, new or started by the same command; none to check a packed `source`
     max_side:int=None,     # longest side in pixels: longer images are re-encoded as JPEG; by default none is
     quality:int=None,      # of re-encoded JPEGs, 1 to 100; by default 90
-    uncompressed:bool=False,  # with --max-side: store pixels, read twice as fast as JPEGs, about 9 times their size
+    uncompressed:bool=False,  # with --max-side: store pixels: read nearly twice as fast as JPEGs, 9 times their size
     per_shard:int=4096,    # images in a shard
     skip_bad:bool=False,   # leave out images that cannot be read, and list them
     num_workers:int=None,  # processes; by default one a core

@@ -44,7 +44,8 @@ def reencode(
     im = Image.fromarray(pixels.numpy())
     im.thumbnail((max_side, max_side), Image.LANCZOS)
     out = io.BytesIO()
-    im.save(out, **(dict(format='jpeg', quality=quality, optimize=True) if quality else dict(format='ppm')))
+    kind = dict(format='jpeg', quality=quality, optimize=True) if quality else dict(format='ppm')
+    im.save(out, **kind)
     return out.getvalue()
 
 # %% ../../nbs/data/03_shards.ipynb #0b4c1533
