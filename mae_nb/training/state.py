@@ -8,10 +8,12 @@ __all__ = ['KNOWN', 'whole_tensor', 'shard_like', 'optimizer_states', 'live_tens
            'write_tensors', 'save_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'prune']
 
 # %% ../../nbs/training/05_state.ipynb #5a7e0003
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterable
@@ -219,6 +221,7 @@ def write_tensors(
 ) -> str:               # SHA-256 of what was written
     "Write a safetensors file, with the bytes of the library's own, one tensor at a time; `StateChanged` if it is bad."
     header, names = _header(snapshot.shapes, note)
+    _check_room(file, len(header) + sum(map(_size, snapshot.shapes.values())))
     largest = max((t.nbytes for t in snapshot.live.values()), default=0)
     buffer, digest = torch.empty(largest, dtype=torch.uint8), hashlib.sha256(header)
     with open(file, 'wb') as f:
@@ -231,15 +234,24 @@ def write_tensors(
         raise StateChanged(f'{snapshot.changed} was changed before it was saved')
     return digest.hexdigest()
 
+def _check_room(file:Path, size:int):
+    "Raise the error of a full disk before a file is begun that would fill it. Where nothing is free, writing tells."
+    if 0 < shutil.disk_usage(file.parent).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+def _size(kind:tuple) -> int:
+    "Bytes of a tensor of a type and a shape."
+    dtype, shape = kind
+    return math.prod(shape) * dtype.itemsize
+
 def _header(shapes:dict, note:str) -> tuple[bytes, list]:
     "The first bytes of a safetensors file, and its tensors' names in order; types and order are the library's."
     empty = save({name: torch.empty(0, dtype=dtype) for name, (dtype, _) in shapes.items()}, {'config': note})
     table, end = json.loads(empty[8:]), 0
     names = [name for name in table if name != '__metadata__']
     for name in names:
-        dtype, shape = shapes[name]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        table[name] |= dict(shape=list(shape), data_offsets=[begin, end])
+        begin, end = end, end + _size(shapes[name])
+        table[name] |= dict(shape=list(shapes[name][1]), data_offsets=[begin, end])
     text = json.dumps(table, separators=(',', ':'), ensure_ascii=False).encode()
     text += b' ' * (-len(text) % 8)
     return len(text).to_bytes(8, 'little') + text, names
