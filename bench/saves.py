@@ -10,7 +10,7 @@ thread, `step` the seconds of a step between two saves, with its batch, and `res
 optimizer step. The write happens in the background; its seconds are those of this disk beside the training. Extra
 memory is how much higher the process's own pages (RssAnon) ever are than they were before the first save, in two whole
 steps. A turn's first save takes new memory for its copies, the others take the same again. bench/results/saves.json has
-ViT-B at --bs 4, saves_short_step.json at --bs 1, both with --pairs 1 --saves 2.
+ViT-L, saves_short_step.json ViT-B with --bs 1 --pairs 1 --saves 2, on a busy machine.
 """
 import argparse
 import contextlib
