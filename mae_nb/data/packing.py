@@ -75,6 +75,7 @@ def pack_text(
     rows = index['shards'].values()
     lines = [f'left out {name}: {reason}' for _, name, reason in left_out(index)]
     images, megabytes = sum(row['images'] for row in rows), sum(row['bytes'] for row in rows) / 1e6
-    lines.append(f'{images:,} images, {megabytes:,.1f} MB in {len(rows)} shards, all as written')
+    shards = f'{len(rows):,} shard{"s" * (len(rows) != 1)}'
+    lines.append(f'{images:,} images, {megabytes:,.1f} MB in {shards}, every checksum compared')
     lines.append(f'packed folder  {folder}')
     return '\n'.join(lines)
