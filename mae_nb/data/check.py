@@ -204,14 +204,17 @@ def check_table(
     most:int=20, # names shown of each kind
 ) -> str:
     "What a check has found, for a person."
-    lines = []
+    lines, is_clean = [], not (report['leaks'] or report['duplicates'])
     for part, p in report['parts'].items():
-        lines += _part_lines(part, p, report['img_size'])
         few = [f'{printable(name)}: {n}' for name, n in p['few'].items()]
-        lines += _listed(f'classes of {part} with fewer than {report["few"]} images', few, most)
+        found = _listed(f'classes of {part} with fewer than {report["few"]} images', few, most)
         bad = [f'{b["file"]}: {b["reason"]}' for b in p['bad']]
-        lines += _listed(f'files of {part} that cannot be read', bad, most)
-        lines += _content_lines(part, p, most)
+        found += _listed(f'files of {part} that cannot be read', bad, most)
+        found += _content_lines(part, p, most)
+        lines += _part_lines(part, p, report['img_size']) + found
+        is_clean = is_clean and not found
+    if is_clean:
+        return '\n'.join([*lines, 'nothing found: every image can be read, and no two are the same'])
     lines += _listed('images in both training and validation', map(' = '.join, report['leaks']), most)
     lines += _listed('groups of images with the same bytes', map(' = '.join, report['duplicates']), most)
     return '\n'.join(lines)

@@ -268,6 +268,8 @@ def read_or_explain(
     in_chans:int,   # channels wanted: 1 or 3
 ) -> torch.Tensor:  # image (c, h, w), uint8
     "Read an image, or raise an error that names the file."
+    if Path(file).is_dir():
+        raise UsageError(f'{file} is a folder: name image files in it, such as {Path(file)/"*.jpg"}')
     try:
         return read_image(file, in_chans)
     except FileNotFoundError as e:

@@ -68,7 +68,7 @@ MISTAKES = [
     ('mae-finetune runs/pretrain-1 photos', 'photos holds no model.safetensors and no checkpoint: name a run folder'),
     ('mae-probe photos runs/pretrain-1', "unknown probe 'photos': known: 'linear', 'partial', 'attentive', 'knn'"),
     ('mae-show runs/pretrain-1', 'name at least one image file'),
-    ('mae-show runs/pretrain-1 photos', 'photos cannot be read as an image: a folder: name an image file'),
+    ('mae-show runs/pretrain-1 photos', 'photos is a folder: name image files in it, such as photos/*.jpg'),
     ('mae-show runs/pretrain-1 nowhere.jpg', 'no such image file: nowhere.jpg'),
     ('mae-show runs/pretrain-1 mine/bill.pdf', 'mine/bill.pdf cannot be read as an image: a PDF document'),
     ('mae-show runs/pretrain-1 mine/phone.jpg',
