@@ -53,7 +53,7 @@ class Checkpoints(Callback):
     # ---- resuming -------------------------------------------------------------------------------------------------
     def is_past(self) -> bool:
         "Read the newest checkpoint; whether the run had gone beyond this fit already."
-        if self.job:   # a second Ctrl-C has ended an earlier fit without it
+        if self.job:   # Ctrl-C has ended an earlier fit before it was written
             self.close()
         self.saved = newest_checkpoint(self.folder)
         if self.saved is None or self.saved[2]['run']['fit'] <= self.fits:
@@ -187,7 +187,7 @@ class Checkpoints(Callback):
                 raise OSError(f'{line}: free some') from e
             print(f'{line}; training continues without', flush=True)
         finally:
-            if self.job and self.job.done():   # else a second Ctrl-C came, and the thread still writes
+            if self.job and self.job.done():   # else Ctrl-C came again, and the thread still writes
                 self.job = None
 
     # ---- the end --------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Checkpoints(Callback):
             self.wait()
         except OSError as e:
             print(e, flush=True)   # another error is on its way
-        except BaseException:      # a second Ctrl-C: the weights are the user's again
+        except BaseException:      # Ctrl-C again: the weights are the user's from here on
             self.settle()
             raise
         if self.writer:

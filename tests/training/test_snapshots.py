@@ -34,7 +34,7 @@ from mae_nb.training.checkpoints import Checkpoints
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
 from mae_nb.training.runs import make_run
-from mae_nb.training.state import Snapshot, same_bits
+from mae_nb.training.state import Snapshot, is_known, same_bits
 
 # ---- runs of each kind ---------------------------------------------------------------------------------------------
 
@@ -153,8 +153,9 @@ class Poison(Callback):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('reads', [9, pytest.param(0, marks=pytest.mark.slow)])
 def test_each_file_is_of_its_step(kind, reads, tmp_path, monkeypatch):
-    held = Held(monkeypatch, reads)
-    train(kind, tmp_path/'run')
+    held, learners = Held(monkeypatch, reads), []
+    train(kind, tmp_path/'run', change=learners.append)
+    assert all(map(is_known, learners[0].cbs))   # none has them settled before the step
     assert len(held.files) == 6 and files_of(tmp_path/'run') == held.files
     assert min(held.live) > reads and sum(rest > 0 for rest in held.rests) >= 3   # they were left to the next step
 
