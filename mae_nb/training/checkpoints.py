@@ -64,7 +64,7 @@ class Checkpoints(Callback):
         return True
 
     def before_fit(self):
-        saved, self.saved = self.saved, None
+        saved, self.saved, self.forked = self.saved, None, False
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.out)   # `make_run` has done so, and a later fit does it again
