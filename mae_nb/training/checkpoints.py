@@ -229,7 +229,7 @@ class Checkpoints(Callback):
         if self.writer:
             self.writer.shutdown()
             self.writer = None
-        self.copies, self.learn.unsettled = {}, None
+        self.copies, self.snapshot, self.learn.unsettled = {}, None, None   # their memory
         if self.writes:
             unlock_folder(self.out)
 

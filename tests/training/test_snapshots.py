@@ -291,6 +291,7 @@ def test_the_weights_are_the_user_s_after_a_second_ctrl_c(tmp_path, monkeypatch)
         learn.remove_cb(fail)
         monkeypatch.setattr(concurrent.futures.Future, 'result', open_and_wait)
         learn.fit_recipe()
+    assert learn.checkpoints.snapshot is None and not learn.checkpoints.copies   # nor is their memory kept
     check_same(tmp_path/'run', tmp_path/'straight')
     files = [next((tmp_path/name/'checkpoints').glob('step-*4-*')) for name in ('run', 'straight')]
     first, expected = (safetensors.torch.load_file(file) for file in files)
