@@ -140,7 +140,7 @@ def kinds(fast):
     "All kinds of runs, of which one is always tested."
     return [kind if kind == fast else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
-def files_of(out): return {step_in_name(f): f.read_bytes() for f in (out/'checkpoints').glob('step-*')}
+def files_of(out): return {step_in_name(f): f.read_bytes() for f in (out/'checkpoints').glob('step-*.safetensors')}
 
 @known
 class Poison(Callback):
@@ -279,7 +279,7 @@ def test_the_weights_are_the_user_s_after_a_second_ctrl_c(tmp_path, monkeypatch)
     def press(*_): raise KeyboardInterrupt
     def open_and_wait(future, timeout=None): return is_open.set() or result(future, timeout)
 
-    monkeypatch.setattr(Snapshot, 'read', lambda *args: is_open.wait(60) and read(*args))
+    monkeypatch.setattr(Snapshot, 'read', lambda *args: is_open.wait(300) and read(*args))
     with contextlib.redirect_stdout(io.StringIO()):
         learn = KINDS['pretrain'](tmp_path/'run', cbs=[fail := Fail()])
         with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
