@@ -31,7 +31,7 @@ from .state import (
 class Checkpoints(Callback):
     "Save a run at step boundaries, in the background, and resume it where its folder stops."
     order, run_valid = 65, False   # after all that a step changes; before `StopAt` ends the epoch
-    saved = job = writer = hook = None      # what is resumed; the save at work, its thread, the optimizer's hook
+    saved = job = writer = snapshot = None   # what is resumed; the save at work, its thread and its tensors
     in_parts, due, forked = True, False, False   # how to save; a save was left out; the validation has its workers
     def __init__(self,
         out:str|Path,           # the run folder
@@ -53,6 +53,8 @@ class Checkpoints(Callback):
     # ---- resuming -------------------------------------------------------------------------------------------------
     def is_past(self) -> bool:
         "Read the newest checkpoint; whether the run had gone beyond this fit already."
+        if self.job:   # Ctrl-C has ended an earlier fit before it was written
+            self.close()
         self.saved = newest_checkpoint(self.folder)
         if self.saved is None or self.saved[2]['run']['fit'] <= self.fits:
             return False
@@ -62,13 +64,12 @@ class Checkpoints(Callback):
         return True
 
     def before_fit(self):
-        saved, self.saved = self.saved, None
+        saved, self.saved, self.forked = self.saved, None, False
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.out)   # `make_run` has done so, and a later fit does it again
             remove_leftovers(self.folder, self.out, self.out/'figures')   # of a life that was cut off
             self.writer = ThreadPoolExecutor(1, 'checkpoints')
-        self.hook = self.opt.opt.register_step_pre_hook(self.settle)
         if saved is not None and saved[2]['run']['fit'] >= self.fits:
             self.resume(*saved)
         elif self.writes:
@@ -83,7 +84,9 @@ class Checkpoints(Callback):
         self.learn.begin_at = run['epoch'], run['batches']
         done = self.read_done()
         finished = done.get('step') == run['step']   # or its last checkpoint is damaged, and the end is done again
-        self.restore_rows(done if finished else run, run['iters'])
+        self.recorder.values, self.recorder.iters = (done if finished else run)['rows'], run['iters']
+        if self.recorder.values:
+            self.learn.final_record = self.recorder.values[-1]
         if self.writes and not finished:
             self.tables.restore(tensors, run.get('files'))
             if done:
@@ -95,12 +98,6 @@ class Checkpoints(Callback):
         pace = self.learn.find_callback('pace')
         if pace is not None:
             pace.kept = tuple(run.get('clock', pace.kept))
-
-    def restore_rows(self, source:dict, iters:list):
-        "Give the recorder the rows of earlier epochs."
-        self.recorder.values, self.recorder.iters = source['rows'], iters
-        if self.recorder.values:
-            self.learn.final_record = self.recorder.values[-1]
 
     def cut_back(self):
         "Remove the rows of a fit that was cut off before its first checkpoint."
@@ -150,15 +147,15 @@ class Checkpoints(Callback):
         self.learn.signals.at('between')
         if not self.writes:
             return take_part(self.learn)
-        step, snapshot, config = self.state(in_parts=True)
-        self.learn.unsettled, self.due = snapshot, False
-        self.job = self.writer.submit(self.write, step, snapshot, config)
+        step, self.snapshot, config = self.state(in_parts=True)
+        self.learn.unsettled, self.due = self, False
+        self.job = self.writer.submit(self.write, step, self.snapshot, config)
 
-    def settle(self, *_):
-        "Copy what is still to be written; the optimizer calls this before each step."
-        if self.learn.unsettled is not None:
-            self.learn.unsettled.settle()
-            self.learn.unsettled = None
+    def settle(self):
+        "Copy what is still to be written; the learner calls this before the state may change."
+        if self.job and not self.job.done():   # nothing of a save that failed
+            self.snapshot.settle()
+        self.learn.unsettled = None
 
     def state(self, in_parts:bool=False) -> tuple[int, Snapshot, dict]:
         "Number, tensors and plain data of a checkpoint, all copied or in parts; the next call overwrites the copies."
@@ -176,10 +173,9 @@ class Checkpoints(Callback):
 
     def wait(self):
         "Wait until the last checkpoint is on the disk, or report why it is not."
-        job, self.job = self.job, None
         try:
-            if job:
-                job.result()
+            if self.job:
+                self.job.result()
         except StateChanged as e:
             self.in_parts, self.due = False, True
             self.say(f'note: {e}, and not by the optimizer: this checkpoint is left out, the next step is saved')
@@ -190,6 +186,9 @@ class Checkpoints(Callback):
             if self.if_full == 'stop':
                 raise OSError(f'{line}: free some') from e
             print(f'{line}; training continues without', flush=True)
+        finally:
+            if self.job and self.job.done():   # else Ctrl-C came again, and the thread still writes
+                self.job = None
 
     # ---- the end --------------------------------------------------------------------------------------------------
     def after_fit(self):
@@ -224,12 +223,13 @@ class Checkpoints(Callback):
             self.wait()
         except OSError as e:
             print(e, flush=True)   # another error is on its way
+        except BaseException:      # Ctrl-C again: the weights are the user's from here on
+            self.settle()
+            raise
         if self.writer:
             self.writer.shutdown()
             self.writer = None
-        self.copies, self.learn.unsettled = {}, None
-        if self.hook is not None:
-            self.hook.remove()
+        self.copies, self.snapshot, self.learn.unsettled = {}, None, None   # their memory
         if self.writes:
             unlock_folder(self.out)
 

@@ -33,7 +33,7 @@ from .guard import Guard
 from .optim import (
     Accumulate, Schedule, WeightEMA, adamw, check_opt_func, grouped_optimizer, warmup_cosine)
 from .progress import Pace, Progress
-from .presets import hopeless_rates
+from .presets import run_notes
 from .recipes import as_config
 from .runs import RunWriter
 from .trackers import tracker_callbacks
@@ -117,8 +117,7 @@ def _folder_callbacks(out:Path|None, save_every:int, keep:int, if_full:str, data
     if out is None:
         return []
     first = rank() == 0
-    checkpoints = Checkpoints(out, save_every, keep, if_full, writes=first)
-    callbacks = [DataCheck(out, data_check), checkpoints, Watch()]
+    callbacks = [DataCheck(out, data_check), Checkpoints(out, save_every, keep, if_full, writes=first), Watch()]
     return [*callbacks, RunWriter(out)] if first else callbacks
 
 def _parallel_callbacks(parallel:str, accumulate:int) -> list[Callback]:
@@ -188,8 +187,7 @@ class TaskLearner(Learner):
             if name not in self.listeners:
                 self.listeners[name] = self.listening(name)
             for cb in self.listeners[name]:
-                if self.unsettled is not None and not is_known(cb):   # it might change what is being saved
-                    self.unsettled.settle()
+                self.settle(cb)
                 cb(name)
 
     def listening(self, event_name:str) -> list[Callback]:
@@ -198,6 +196,11 @@ class TaskLearner(Learner):
             raise ValueError(f'fastai has no event {event_name!r}')
         acts = lambda cb: hasattr(type(cb), event_name) or event_name in vars(cb)
         return [cb for cb in self.cbs.sorted('order') if event_name == 'after_fit' or acts(cb)]
+
+    def settle(self, cb:Callback|None=None):
+        "Copy what a save has not read yet, before an optimizer's step, or before a callback that might do anything."
+        if self.unsettled is not None and (cb is None or not is_known(cb)):
+            self.unsettled.settle()
 
     # ---- numbers of the run ---------------------------------------------------------------------------------------
     @property
@@ -234,6 +237,11 @@ class TaskLearner(Learner):
         if (sharded := self.find_callback('sharded')) is not None:   # before the optimizer, which must get the parts
             sharded.cut()
         super().create_opt()
+        self.opt.opt.register_step_pre_hook(lambda *_: self.settle())   # whoever calls it
+
+    def _step(self):
+        self.settle()   # also where another optimizer was put in its place
+        super()._step()
 
     def _set_device(self, b): return to_device(b, self.dls.device, non_blocking=True)
 
@@ -319,9 +327,9 @@ class TaskLearner(Learner):
         self.opt.zero_grad()   # of an interrupted step
         if self.train_iter:
             self.model.not_loaded = []   # weights that no file had filled are trained now
-        for cb in self.cbs:
-            if hasattr(cb, 'close'):
-                cb.close()
+        for cb in [cb for cb in self.cbs if hasattr(cb, 'close')]:
+            self.settle(cb)
+            cb.close()
 
     def fit_recipe(self):
         "Train as the recipe says: epochs, warm-up, cosine and rates."
@@ -334,17 +342,9 @@ class TaskLearner(Learner):
         self.fit(epochs, cbs=Schedule(rate_at, self.batches_per_step))
 
     def _log_rates(self, total:int):
-        "Print the learning rate and the steps, and notes about bf16 and the weight average where they matter."
-        r = self.recipe
-        print_once(f'learning rate {r.base_lr:g} x {self.batch} / 256 = {self.base_rate:.3g}, '
+        "Print the learning rate, the steps, and what may surprise."
+        print_once(f'learning rate {self.recipe.base_lr:g} x {self.batch} / 256 = {self.base_rate:.3g}, '
                    f'{total} steps of {self.batch} images ({self.dls.train.bs} a batch x {processes()} processes '
                    f'x {self.batches_per_step} accumulated)')
-        if r.amp and not has_bf16(self.dls.device):
-            print_once(f'note: this {self.dls.device.type} has no arithmetic for bfloat16 and emulates it slowly: '
-                       'train with amp=False')
-        for note in hopeless_rates(r, self.base_rate, total):
+        for note in run_notes(self.recipe, self.base_rate, total, self.dls.device):
             print_once(f'note: {note}')
-        window = 1 / (1 - r.ema)   # steps that a moving average remembers
-        if window > 1 and total < 3 * window:
-            print_once(f'note: ema={r.ema:g} averages over some {window:.0f} steps, and the run has {total}: the '
-                       'first weights are still in it; a shorter run wants a smaller ema')

@@ -71,7 +71,6 @@ class Guard(Callback):
         self.kept = []
         self.norm_buffers = [b for m in batch_norms(self.model) for b in m.buffers()]
         self.group = next((cb for cb in self.learn.cbs if isinstance(cb, Parallel)), None)   # it adds up signals
-        skippable(self.opt.opt)
 
     # ---- on the device --------------------------------------------------------------------------------------------
     def before_batch(self):
@@ -88,6 +87,7 @@ class Guard(Callback):
             clip_grads_with_norm_(self.params, self.clip, norm)
         self.streak = torch.where(fine, 0., self.streak + 1)
         self.skipped = self.skipped + ~fine
+        skippable(self.opt.opt)   # nothing the second time; a callback may have made a new one
         self.opt.opt.found_inf = (~fine).float()
         for buffer, old in zip(self.norm_buffers, self.kept):
             buffer.copy_(torch.where(fine, buffer, old))

@@ -72,12 +72,8 @@ def finetune_groups(
     layer_decay:float=1.,     # factor from one layer to the one below, in (0, 1]; 1 = none
 ) -> list[dict]:
     "Groups for fine-tuning: layer-wise decay; no weight decay for 1-D parameters, class token and positions."
-    def no_decay(name, parameter):
-        return parameter.ndim <= 1 or name in ('cls_token', 'pos_embed')
-
-    def scale(name):
-        return layer_scale(name, len(model.blocks), layer_decay)
-
+    no_decay = lambda name, p: p.ndim <= 1 or name in ('cls_token', 'pos_embed')
+    scale = lambda name: layer_scale(name, len(model.blocks), layer_decay)
     groups = param_groups(model, weight_decay, no_decay, scale)
     if groups and layer_decay != 1 and all(g['lr_scale'] == 1 for g in groups):
         raise UsageError(f'layer_decay={layer_decay:g} matches no parameter that is trained: set it to 1')
@@ -148,6 +144,9 @@ def grouped_optimizer(
     if not isinstance(opt, torch.optim.Optimizer):
         raise UsageError(f'`opt_func` must make an optimizer of torch, got {type(opt).__name__}: '
                          'such as opt_func=torch.optim.AdamW')
+    if any(isinstance(part, torch.optim.Optimizer) for part in vars(opt).values()):   # such as timm's Lookahead
+        raise UsageError(f'`opt_func` made a {type(opt).__name__}, which wraps another optimizer, whose averages no '
+                         'checkpoint would hold: use opt_func=torch.optim.AdamW or another class of torch')
     return GroupedOptimizer(opt)
 
 def check_opt_func(
@@ -323,6 +322,8 @@ def skippable(
     opt.found_inf = torch.zeros(())
 
     def keep(opt, *_):
+        if not hasattr(opt, 'found_inf'):   # a subclass's step has called its parent's, which runs this hook again
+            return
         opt.before, opt.is_new = {k: v.detach().clone() for k, v in _moved(opt)}, not any(opt.state.values())
         opt.skips = opt.found_inf
         del opt.found_inf   # torch's optimizers that are not fused refuse to step while it is there

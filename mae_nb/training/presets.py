@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DEFAULT_MODELS', 'show_recipe', 'default_model', 'default_recipe', 'pick_recipe', 'split_values',
-           'recipe_from_flags', 'hopeless_rates']
+           'recipe_from_flags', 'hopeless_rates', 'run_notes']
 
 # %% ../../nbs/training/02_presets.ipynb #cdea7b5a
 import json
@@ -203,4 +203,21 @@ def hopeless_rates(
     if steps < 1000 and recipe.epochs >= 50:
         notes.append(f'{steps} steps are few for a new model, which needs some thousands: '
                      'more `epochs`, or a smaller batch_size')
+    return notes
+
+def run_notes(
+    recipe,       # that trains
+    rate:float,   # its learning rate
+    steps:int,    # optimizer steps in all
+    device:torch.device,  # that computes them
+) -> list[str]:
+    "What may surprise in a run that begins: slow bf16, rates without hope, an average that is longer than the run."
+    notes = hopeless_rates(recipe, rate, steps)
+    if recipe.amp and not has_bf16(device):
+        notes.insert(0, f'this {device.type} has no arithmetic for bfloat16 and emulates it slowly: '
+                        'train with amp=False')
+    window = 1 / (1 - recipe.ema)   # steps that a moving average remembers
+    if window > 1 and steps < 3 * window:
+        notes.append(f'ema={recipe.ema:g} averages over some {window:.0f} steps, and the run has {steps}: the '
+                     'first weights are still in it; a shorter run wants a smaller ema')
     return notes

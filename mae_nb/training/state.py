@@ -17,11 +17,13 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
 from safetensors.torch import load_file, save
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..base.files import BadFile, flush_to_disk, sha256
 from ..base.processes import processes
@@ -103,8 +105,8 @@ class Snapshot:
         into:dict|None=None, # copies of an earlier snapshot, to be overwritten: new memory takes longer
     ):
         self.lock, self.memory, self.changed = threading.Lock(), {} if into is None else into, None
-        self.live, self.copies = {name: tensors[name].detach() for name in steady}, {}
-        self.versions = {name: _version(t) for name, t in self.live.items()}
+        self.live, self.copies = {name: tensors[name].detach() for name in steady}, {}   # not read yet; copied
+        self.steady = {name: (t, _version(t)) for name, t in self.live.items()}
         for name, value in tensors.items():
             if name not in self.live:
                 self._copy(name, value)
@@ -113,11 +115,13 @@ class Snapshot:
     def settle(self) -> int:   # bytes that were copied
         "Copy what has not been read yet: from here on the live tensors may change."
         with self.lock:
+            for name, (t, version) in self.steady.items():
+                if _version(t) != version:
+                    self.changed = name
             rest = sum(t.nbytes for t in self.live.values())
             for name, t in self.live.items():
-                self._check(name, t)
                 self._copy(name, t)
-            self.live = {}
+            self.live, self.steady = {}, {}
         return rest
 
     def read(self,
@@ -129,15 +133,10 @@ class Snapshot:
             if name in self.copies:
                 return self.copies[name]
             t = self.live.pop(name)
-            self._check(name, t)
             return buffer[:t.nbytes].view(t.dtype).view(t.shape).copy_(t)
 
     def _copy(self, name:str, value):
         self.copies[name] = self.memory[name] = _copy_to_cpu(value, self.memory.get(name))
-
-    def _check(self, name:str, t:torch.Tensor):
-        if _version(t) != self.versions[name]:
-            self.changed = name
 
 def _version(t:torch.Tensor) -> int:
     "How often a tensor was changed in place, as torch counts it."
@@ -151,21 +150,31 @@ def _copy_to_cpu(value, old:torch.Tensor|None) -> torch.Tensor:
     return t.to('cpu', copy=True, memory_format=torch.contiguous_format)
 
 # %% ../../nbs/training/05_state.ipynb #e3a30114
-KNOWN = 'mae_nb.', 'torch.', 'fastai.callback.core.TrainEvalCallback'   # code whose changes of the state are known
+KNOWN = 'mae_nb.', 'torch.nn.', 'fastai.callback.core.TrainEvalCallback'   # code whose changes of the state are known
 
 def is_known(
-    part,  # a module of a model, or a callback
+    part,  # a learner, a module of its model, or a callback
 ) -> bool:
     "Whether a part of a run is known to change weights and averages in the optimizer's step or after it, if at all."
     kind = type(part)
-    return f'{kind.__module__}.{kind.__qualname__}'.startswith(KNOWN)
+    if not f'{kind.__module__}.{kind.__qualname__}'.startswith(KNOWN):
+        return False
+    replaced = [name for name in vars(part) if callable(getattr(kind, name, None))]   # methods, in this object alone
+    return not replaced and not any(name.startswith(('before_', 'after_')) for name in vars(part))
+
+_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks', '_post_accumulate_grad_hooks'
+
+def _has_hooks(model:torch.nn.Module) -> bool:
+    "Whether a forward or backward pass calls functions that others have put there, which might do anything."
+    parts = [*model.modules(), *model.parameters()]
+    return _has_any_global_hook() or any(getattr(part, name, None) for name in _HOOKS for part in parts)
 
 def steady_names(
     learn,         # a `TaskLearner`, between two steps
     tensors:dict,  # from `live_tensors`
 ) -> set:
     "Names of the tensors that only the optimizer's step changes, or what follows it."
-    if processes() > 1 or not all(map(is_known, learn.model.modules())):
+    if processes() > 1 or _has_hooks(learn.model) or not all(map(is_known, [learn, *learn.model.modules()])):
         return set()
     names = {f'model.{k}' for k, _ in learn.model.named_parameters(remove_duplicate=False)}
     for name, _, state in optimizer_states(learn.opt.opt):
@@ -176,16 +185,16 @@ def steady_names(
     return {name for name in names if _is_readable(tensors.get(name))}
 
 def _is_readable(t) -> bool:
-    "Whether another thread can read this as it is: a plain tensor in the CPU's memory."
-    return type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == 'cpu' and t.layout == torch.strided
+    "Whether another thread can read this as it is: a plain tensor in the CPU's memory, and in this process's alone."
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided
+    return plain and t.device.type == 'cpu' and not t.is_shared()
 
 # %% ../../nbs/training/05_state.ipynb #c1600a30
 def plain_state(
     learn,      # a `TaskLearner`, between two steps
 ) -> dict:
     "The numbers and rows that the rest of a run depends on."
-    rows = [list(row) for row in learn.recorder.values]
-    return dict(step=learn.train_iter, rows=rows, iters=list(learn.recorder.iters))
+    return dict(step=learn.train_iter, rows=list(map(list, learn.recorder.values)), iters=list(learn.recorder.iters))
 
 def run_state(
     learn,                # a `TaskLearner`, between two steps
@@ -219,9 +228,9 @@ def write_tensors(
     file:Path,          # to be written
     note:str,           # for the header, as `config`
 ) -> str:               # SHA-256 of what was written
-    "Write a safetensors file, with the bytes of the library's own, one tensor at a time; `StateChanged` if it is bad."
-    header, names = _header(snapshot.shapes, note)
-    _check_room(file, len(header) + sum(map(_size, snapshot.shapes.values())))
+    "Write a safetensors file, with the bytes of the library's own, one tensor at a time."
+    header, names, size = _header(snapshot.shapes, note)
+    _check_room(file, len(header) + size)
     largest = max((t.nbytes for t in snapshot.live.values()), default=0)
     buffer, digest = torch.empty(largest, dtype=torch.uint8), hashlib.sha256(header)
     with open(file, 'wb') as f:
@@ -230,31 +239,28 @@ def write_tensors(
             content = snapshot.read(name, buffer).reshape(-1).view(torch.uint8).numpy()
             digest.update(content)
             f.write(content)
-    if snapshot.changed:
-        raise StateChanged(f'{snapshot.changed} was changed before it was saved')
     return digest.hexdigest()
 
 def _check_room(file:Path, size:int):
-    "Raise the error of a full disk before a file is begun that would fill it. Where nothing is free, writing tells."
-    if 0 < shutil.disk_usage(file.parent).free < size:
+    "Raise the error of a full disk before a file is begun that would fill it. Where room is unknown, writing tells."
+    free = 0   # as some file systems report that do not count
+    with suppress(OSError):
+        free = shutil.disk_usage(file.parent).free
+    if 0 < free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
-def _size(kind:tuple) -> int:
-    "Bytes of a tensor of a type and a shape."
-    dtype, shape = kind
-    return math.prod(shape) * dtype.itemsize
-
-def _header(shapes:dict, note:str) -> tuple[bytes, list]:
-    "The first bytes of a safetensors file, and its tensors' names in order; types and order are the library's."
+def _header(shapes:dict, note:str) -> tuple[bytes, list, int]:
+    "The first bytes of a safetensors file, its tensors' names in the library's order, and how many bytes follow."
     empty = save({name: torch.empty(0, dtype=dtype) for name, (dtype, _) in shapes.items()}, {'config': note})
     table, end = json.loads(empty[8:]), 0
     names = [name for name in table if name != '__metadata__']
     for name in names:
-        begin, end = end, end + _size(shapes[name])
-        table[name] |= dict(shape=list(shapes[name][1]), data_offsets=[begin, end])
+        dtype, shape = shapes[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] |= dict(shape=list(shape), data_offsets=[begin, end])
     text = json.dumps(table, separators=(',', ':'), ensure_ascii=False).encode()
     text += b' ' * (-len(text) % 8)
-    return len(text).to_bytes(8, 'little') + text, names
+    return len(text).to_bytes(8, 'little') + text, names, end
 
 # %% ../../nbs/training/05_state.ipynb #8e3457b0
 def save_checkpoint(
@@ -263,16 +269,23 @@ def save_checkpoint(
     tensors:dict|Snapshot,  # names to tensors on the CPU
     config:dict,            # plain data
 ) -> Path:                  # `step-<step>-<hash of the file>.safetensors`
-    "Write a checkpoint completely or not at all, and read it back; `OSError` where disk or memory fail."
+    "Write a checkpoint whole or not at all; `OSError` where disk or memory fail, `StateChanged` if it would be wrong."
     snapshot = tensors if isinstance(tensors, Snapshot) else Snapshot(tensors, steady=tensors)
     part = Path(folder)/f'step-{step:09}.part'
     try:
         digest = write_tensors(snapshot, part, json.dumps(config | dict(step=step), sort_keys=True))
         flush_to_disk(part)
         _read_back(part, digest, snapshot.shapes)
+        snapshot.settle()   # all is read: it only looks for changes
+        if snapshot.changed:
+            raise StateChanged(f'{snapshot.changed} was changed before it was saved')
         file = part.with_name(f'step-{step:09}-{digest[:16]}.safetensors')
         os.replace(part, file)
         flush_to_disk(part.parent)
+    except OSError as e:
+        if e.errno and e.filename is None:   # writing and flushing name no file
+            e.filename = str(part)
+        raise
     except (RuntimeError, safetensors.SafetensorError) as e:
         raise OSError(f'{part}: {e}') from e
     finally:
@@ -330,11 +343,8 @@ def prune(
     newest:Path|None=None,  # the one just written; those of later steps are damaged leftovers
 ):
     "Remove old checkpoints."
-    files = checkpoints_in(folder)
+    files = checkpoints_in(folder)   # newest first
     if newest:
-        step = _step_in_name(newest)
-        older = [f for f in files if _step_in_name(f) < step]
-        leftovers = [f for f in files if _step_in_name(f) >= step and f != newest]
-        files = [newest, *older, *leftovers]
+        files.sort(key=lambda f: (f != newest, _step_in_name(f) >= _step_in_name(newest)))
     for file in files[keep:]:
         file.unlink(missing_ok=True)

@@ -43,10 +43,20 @@ def check_newest(folder, old):
 
 def start_again(run):
     "The next start removes what an interrupted save has left."
-    saver, optimizer = Checkpoints(run), torch.optim.SGD([torch.zeros(1)], lr=1.)
-    saver.learn = SimpleNamespace(opt=SimpleNamespace(opt=optimizer))
+    saver = Checkpoints(run)
     saver.before_fit()
     assert not list((run/'checkpoints').glob('*.part'))
+
+def test_each_fit_waits_once_before_its_validation_has_workers(tmp_path):
+    "An error in an earlier fit ends the workers: the next fit forks them anew."
+    saver = Checkpoints(tmp_path)
+    saver.learn, waits = SimpleNamespace(unsettled=None), []
+    saver.wait = lambda: waits.append(1)
+    for fit in (1, 2):
+        saver.before_fit()
+        for _ in range(3):
+            saver.before_validate()
+        assert len(waits) == fit
 
 def interrupted_save(tmp_path, fault):
     "Save a fourth checkpoint of which three are kept, with a fault: exit code, and the step of the newest one."

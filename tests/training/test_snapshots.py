@@ -4,11 +4,14 @@ The writer is held back: of each save it reads some tensors at once, and the oth
 file, which is two optimizer steps later, after a validation, or at the end. Each file must have the bytes that the
 safetensors library makes of a copy of the whole state, taken when the save began.
 """
+import concurrent.futures
 import contextlib
+import errno
 import io
 import json
 import threading
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ import safetensors.torch
 import tiny_runs
 import torch
 from fastai.callback.core import Callback
-from tiny_runs import NANO, OPTIONS, TINY, learner, sets, step_in_name
+from tiny_runs import NANO, OPTIONS, TINY, check_same, learner, sets, step_in_name
 from torch import nn
 
 from mae_nb.base.keyed import seeded
@@ -26,11 +29,12 @@ from mae_nb.tasks.masks import MaskSet
 from mae_nb.tasks.probes import attentive_probe_learner
 from mae_nb.tasks.segment import mask_dls, segment_learner
 from mae_nb.tasks.segmenters import create_segmenter
+from mae_nb.training import state
 from mae_nb.training.checkpoints import Checkpoints
 from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
 from mae_nb.training.runs import make_run
-from mae_nb.training.state import Snapshot, same_bits
+from mae_nb.training.state import Snapshot, is_known, same_bits
 
 # ---- runs of each kind ---------------------------------------------------------------------------------------------
 
@@ -123,10 +127,10 @@ def known(callback):
     callback.__module__ = 'mae_nb.training.test'
     return callback
 
-def train(kind, out, cbs=(), change=None):
+def train(kind, out, cbs=(), change=None, **kwargs):
     "Nine optimizer steps of a run, in three epochs: its output."
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        learn = KINDS[kind](out, cbs=[*cbs])
+        learn = KINDS[kind](out, cbs=[*cbs], **kwargs)
         if change:
             change(learn)
         learn.fit_recipe()
@@ -136,7 +140,7 @@ def kinds(fast):
     "All kinds of runs, of which one is always tested."
     return [kind if kind == fast else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
-def files_of(out): return {step_in_name(f): f.read_bytes() for f in (out/'checkpoints').glob('step-*')}
+def files_of(out): return {step_in_name(f): f.read_bytes() for f in (out/'checkpoints').glob('step-*.safetensors')}
 
 @known
 class Poison(Callback):
@@ -149,8 +153,9 @@ class Poison(Callback):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('reads', [9, pytest.param(0, marks=pytest.mark.slow)])
 def test_each_file_is_of_its_step(kind, reads, tmp_path, monkeypatch):
-    held = Held(monkeypatch, reads)
-    train(kind, tmp_path/'run')
+    held, learners = Held(monkeypatch, reads), []
+    train(kind, tmp_path/'run', change=learners.append)
+    assert all(map(is_known, learners[0].cbs))   # none has them settled before the step
     assert len(held.files) == 6 and files_of(tmp_path/'run') == held.files
     assert min(held.live) > reads and sum(rest > 0 for rest in held.rests) >= 3   # they were left to the next step
 
@@ -185,12 +190,39 @@ class ShrinkingLinear(nn.Linear):
 
 def shrinking(learn): learn.model.decoder.pred.__class__ = ShrinkingLinear
 
-@pytest.mark.parametrize('cbs, change', [([Shrink], None), ([], shrinking)], ids=['callback', 'module'])
-def test_other_code_may_change_weights_at_any_time(cbs, change, tmp_path, monkeypatch):
-    "Before a callback the state is settled; with such a module all is copied at once."
+class Hooks(Callback):
+    "Puts a function into the backward pass, which changes a weight as torch does not count it, and is done."
+    def before_fit(self):
+        bias = self.model.decoder.pred.bias
+        def shrink(_):
+            bias.data.mul_(.999)
+        bias.register_hook(shrink)
+
+class NewOptimizer(Callback):
+    "Makes another optimizer in the second epoch."
+    def before_epoch(self):
+        if self.epoch == 1:
+            self.learn.create_opt()
+
+def replaced(learn):
+    "A callback of the package, of which one method is another."
+    learn.standardize.after_pred = lambda: Shrink.before_batch(learn.standardize)
+
+def unhooked(learn):
+    "An optimizer whose step calls no hooks."
+    learn.create_opt()
+    learn.opt.opt.step = MethodType(type(learn.opt.opt).step.__wrapped__, learn.opt.opt)
+
+OTHERS = dict(callback=([Shrink], None), module=([], shrinking), hook=([Hooks], None), optimizer=([NewOptimizer], None),
+              method=([], replaced), step=([], unhooked))
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_code_may_change_weights_at_any_time(name, tmp_path, monkeypatch):
+    "Before a callback the state is settled; with such a module or hook all is copied at once."
+    cbs, change = OTHERS[name]
     held = Held(monkeypatch)
     train('pretrain', tmp_path/'run', [cb() for cb in cbs], change)
-    assert files_of(tmp_path/'run') == held.files and (max(held.live) == 0) == (change is not None)
+    assert files_of(tmp_path/'run') == held.files and (max(held.live) == 0) == (name in ('module', 'hook'))
 
 @known
 class Disguised(Callback):
@@ -222,6 +254,48 @@ def test_an_error_before_the_next_step_leaves_the_whole_file(tmp_path, monkeypat
     with pytest.raises(RuntimeError, match='out of memory'):
         train('finetune', tmp_path/'run', [Fail()])
     assert held.files and files_of(tmp_path/'run') == held.files and not any(held.rests)
+
+# ---- who waits for a save ------------------------------------------------------------------------------------------
+
+def test_nothing_is_copied_for_a_save_that_has_failed(tmp_path, monkeypatch):
+    "On a full disk a run that continues pays for no copies."
+    def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
+    def save(cb, plain=Checkpoints.save):
+        plain(cb)
+        concurrent.futures.wait([cb.job])
+    rests = []
+    def settle(snapshot, plain=Snapshot.settle): rests.append(plain(snapshot))
+    monkeypatch.setattr(state, 'write_tensors', full)
+    monkeypatch.setattr(Checkpoints, 'save', save)
+    monkeypatch.setattr(Snapshot, 'settle', settle)
+    log = train('pretrain', tmp_path/'run', if_full='continue')
+    assert log.count('training continues without') == 6 and not any(rests)
+
+def test_the_weights_are_the_user_s_after_a_second_ctrl_c(tmp_path, monkeypatch):
+    "It ends the wait for a save whose thread still writes: neither the user nor the next fit changes what is written."
+    train('pretrain', tmp_path/'straight')
+    is_open, read, result = threading.Event(), Snapshot.read, concurrent.futures.Future.result
+
+    def press(*_): raise KeyboardInterrupt
+    def open_and_wait(future, timeout=None): return is_open.set() or result(future, timeout)
+
+    monkeypatch.setattr(Snapshot, 'read', lambda *args: is_open.wait(300) and read(*args))
+    with contextlib.redirect_stdout(io.StringIO()):
+        learn = KINDS['pretrain'](tmp_path/'run', cbs=[fail := Fail()])
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+            patch.setattr(concurrent.futures.Future, 'result', press)
+            learn.fit_recipe()
+        for p in learn.model.parameters():
+            p.data.mul_(.5)
+        assert not files_of(tmp_path/'run')
+        learn.remove_cb(fail)
+        monkeypatch.setattr(concurrent.futures.Future, 'result', open_and_wait)
+        learn.fit_recipe()
+    assert learn.checkpoints.snapshot is None and not learn.checkpoints.copies   # nor is their memory kept
+    check_same(tmp_path/'run', tmp_path/'straight')
+    files = [next((tmp_path/name/'checkpoints').glob('step-*4-*')) for name in ('run', 'straight')]
+    first, expected = (safetensors.torch.load_file(file) for file in files)
+    assert all(same_bits(first[name], expected[name]) for name in first if name != 'table.timing.csv')
 
 # ---- the snapshot alone --------------------------------------------------------------------------------------------
 
