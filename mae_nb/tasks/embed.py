@@ -259,8 +259,7 @@ def embed(
     "Write the features of every picture to a file; the same call continues one that was ended."
     out = Path(options.out)
     device, weights = get_device(options.device), open_weights(options.weights)
-    changes = {k: v for k, v in dict(name=options.model, img_size=options.img_size).items() if v is not None}
-    encoder, report = load_encoder(weights, **changes)
+    encoder, report = load_encoder(weights, name=options.model, img_size=options.img_size)
     if report.missing:   # a classifier with mean pooling has no norm behind its blocks
         encoder.norm = nn.Identity()
     images = as_expected(open_images(options.data, options.part), weights, encoder.in_chans)

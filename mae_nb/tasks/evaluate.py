@@ -229,8 +229,7 @@ def evaluate(
 ) -> dict:                # all numbers; `results.json` has them without those of the clock
     "Measure a classifier, write the result's folder and report it."
     device, weights = get_device(options.device), open_weights(options.weights)
-    changes = {k: v for k, v in dict(name=options.model, img_size=options.img_size).items() if v is not None}
-    model = load_classifier(weights, **changes).to(device)
+    model = load_classifier(weights, name=options.model, img_size=options.img_size).to(device)
     sets = open_evaluation(options, weights, model.in_chans)
     first, variant = next(iter(sets.values())), VARIANTS.get(options.variant)
     stated = (weights.data or {}).get('classes') or ()

@@ -318,10 +318,11 @@ def finetune_setup(
     options.check()
     recipe = options.read_recipe()
     get_device(options.device)   # a wrong one is an error before anything is read
-    size = {name: getattr(options, name) for name in ('img_size', 'in_chans') if getattr(options, name) is not None}
     begun = None if options.from_scratch else begun_model(options)
     weights = None if options.from_scratch or begun else open_weights(options.weights)
-    encoder, loading = (None, None) if weights is None else load_encoder(weights, **size)
+    encoder, loading = None, None
+    if weights is not None:
+        encoder, loading = load_encoder(weights, img_size=options.img_size, in_chans=options.in_chans)
     sets = load_labelled(options.data, options.seed, options.split, **options.image_options)
     head = len(sets[0].classes), recipe.pool, recipe.drop_path
     if options.from_scratch:

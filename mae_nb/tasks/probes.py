@@ -274,8 +274,7 @@ def _read_encoder(options:ProbeOptions) -> tuple:
     "The encoder, and what is said of its weights; a run that resumes does not need them."
     begun = begun_model(options) if options.trains else None
     if begun is None:
-        channels = {} if options.in_chans is None else dict(in_chans=options.in_chans)
-        return load_encoder(options.weights, **channels)
+        return load_encoder(options.weights, in_chans=options.in_chans)
     config = {k: v for k, v in begun.items() if k in ('name', *ENCODER_OPTIONS)}
     return Encoder(**encoder_options(**config), config=config).eval(), 'all weights come from the checkpoint'
 

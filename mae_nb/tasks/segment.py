@@ -176,8 +176,7 @@ def _make_segmenter(options:SegmentOptions, recipe:SegmentRecipe, sets:tuple) ->
     if options.from_scratch:
         return seeded(options.seed, create_segmenter, options.model_name, **head, img_size=options.img_size,
                       in_chans=sets[0].in_chans)
-    size = {name: getattr(options, name) for name in ('img_size', 'in_chans') if getattr(options, name) is not None}
-    encoder, report = load_encoder(options.weights, **size)
+    encoder, report = load_encoder(options.weights, img_size=options.img_size, in_chans=options.in_chans)
     model, _ = seeded(options.seed, segmenter_from, encoder, **head)
     print_once(f'{options.weights}: {report}')
     return model

@@ -202,7 +202,7 @@ def _load_part(
     "Build a part of the model that weights hold."
     if part != 'encoder':
         return {'mae': load_mae, 'classifier': load_classifier}[part](weights, **changes), []
-    encoder, report = load_encoder(weights, **{k: v for k, v in changes.items() if k != 'target'})
+    encoder, report = load_encoder(weights, **changes)   # an encoder is the same for every target
     lines = [f'the weights have no {name}: the encoder ends in a norm with its initial values'
              for name in report.missing if name == 'norm.weight']
     return encoder, lines
@@ -247,7 +247,7 @@ def export(
     weights = open_weights(source)
     part = _held_part(weights) if part is None else pick(part, PARTS, 'part')
     _check_options(folder, format, part, quantize, data is not None)
-    model, lines = _load_part(weights, part, {k: v for k, v in changes.items() if v is not None})
+    model, lines = _load_part(weights, part, changes)
     images = None if data is None else _measured_images(data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
