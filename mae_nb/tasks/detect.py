@@ -20,7 +20,7 @@ from ..model.encoder import Encoder
 from ..model.mae import MAE
 from ..model.patches import grid_size, patchify
 from ..model.positions import resize_positions
-from ..training.optim import layer_scale, param_groups
+from ..training.optim import finetune_groups
 
 # %% ../../nbs/tasks/28_detect.ipynb #98b33fbb
 def any_size_map(
@@ -129,14 +129,7 @@ def detector_groups(
     layer_decay:float=1.,  # factor from one layer to the one below, in (0, 1]; 1 = none
 ) -> list[dict]:           # for an optimizer: each with an `lr_scale` to multiply the rate by
     "The groups of fine-tuning: pyramid and heads at the full rate, and less from block to block below them."
-    prefix, depth = 'backbone.encoder.', len(model.backbone.blocks)
-
-    def no_decay(name, parameter):
-        return parameter.ndim <= 1 or name.removeprefix(prefix) in ('cls_token', 'pos_embed')
-
-    def scale(name):
-        return layer_scale(name.removeprefix(prefix), depth, layer_decay) if name.startswith(prefix) else 1.
-    return param_groups(model, weight_decay, no_decay, scale)
+    return finetune_groups(model, weight_decay, layer_decay, 'backbone.encoder.')
 
 # %% ../../nbs/tasks/28_detect.ipynb #eb2ddb8b
 def average_precision(
