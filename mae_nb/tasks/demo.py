@@ -150,7 +150,6 @@ def draw_curves(
     ax.legend(frameon=False, loc='lower right')
     ax.spines[['top', 'right']].set_visible(False)
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/06_demo.ipynb #6a000005
 def demo_folder(

@@ -169,7 +169,6 @@ def draw_calibration(
     below.set_xlabel('confidence')
     below.set_ylabel('pictures')
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/21_evaluate.ipynb #c691a31b
 @dataclass(frozen=True)
@@ -321,7 +320,6 @@ def _draw_corruptions(predictions:dict, file:Path):
     ax.set_ylabel('severity')
     fig.colorbar(image, label='top-1 error')
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 def evaluation_text(
     result:dict,  # from `evaluate`

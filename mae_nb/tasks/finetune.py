@@ -134,7 +134,6 @@ def _draw_confusion(table:np.ndarray, names:list, file:Path):
     ax.set_ylabel('is')
     fig.colorbar(image, shrink=.7, label="share of the class's images")
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #b2400009
 class ClassReport(Callback):

@@ -112,7 +112,6 @@ def draw_neighbours(
                 spine.set_color('C2' if same and column else '0.8')
                 spine.set_linewidth(2 if same and column else 1)
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/23_neighbours.ipynb #9d321aac
 MAPS = 'pca', 'umap'
@@ -159,7 +158,6 @@ def draw_map(
     ax.set_xticks([])
     ax.set_yticks([])
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/23_neighbours.ipynb #97bfc081
 @dataclass(frozen=True)
