@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.files import save_figure, write_atomically
 from ..base.keyed import key, seeded, uniform
@@ -315,8 +314,7 @@ def finetune_setup(
     "The learner of a fine-tuning, with its run folder if `out` names one; nothing is trained yet."
     options = options.resumed()
     options.check()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before anything is read
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     begun = None if options.from_scratch else begun_model(options)
     weights = None if options.from_scratch or begun else open_weights(options.weights)
     encoder, loading = None, None

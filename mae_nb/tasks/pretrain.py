@@ -17,7 +17,6 @@ from pathlib import Path
 from fastai.callback.core import Callback
 import torch
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import generator, key, seeded, uniform
 from ..base.processes import print_once, rank
@@ -227,8 +226,7 @@ def pretrain_setup(
 ) -> TaskLearner:
     "The learner of a pretraining, with its run folder if `out` names one; nothing is trained yet."
     options = options.resumed()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before the images are read
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     sets = with_channels(load_source(options.data), **options.image_options)
     chosen_bands(sets[0].in_chans, getattr(options, 'bands', None))   # a wrong one is an error before the first step
     model = started_model(options, recipe, sets[0].in_chans)

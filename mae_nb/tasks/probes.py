@@ -17,7 +17,6 @@ from einops import rearrange
 from torch import nn
 import torch
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import seeded
 from ..base.names import pick
@@ -281,8 +280,7 @@ def _read_encoder(options:ProbeOptions) -> tuple:
 def _read_probe(options:ProbeOptions) -> tuple:
     "The sets, the encoder and the recipe that the options name."
     options.check()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before anything is read
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     encoder, report = _read_encoder(options)
     if not any(setting.startswith('queries') for setting in options.set):
         recipe = fit_queries(recipe, encoder)

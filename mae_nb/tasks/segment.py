@@ -16,7 +16,6 @@ from fastai.callback.core import Callback
 from torch.nn import functional as F
 import torch
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import seeded
 from ..base.names import pick
@@ -187,8 +186,7 @@ def segment_setup(
     "The learner of a segmentation, with its run folder if `out` names one; nothing is trained yet."
     options = options.resumed()
     options.check()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before anything is read
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     if options.weights and not begun_model(options):
         open_weights(options.weights)
     sets = split_pairs(with_channels(open_masks(options.data, options.ignore), **options.image_options), options.seed)
