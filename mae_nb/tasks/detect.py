@@ -18,8 +18,7 @@ from ..base.names import pick, to_pair
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..model.encoder import Encoder
 from ..model.mae import MAE
-from ..model.patches import grid_size, patchify
-from ..model.positions import resize_positions
+from .view_rivals import any_size_tokens
 from ..training.optim import finetune_groups
 
 # %% ../../nbs/tasks/28_detect.ipynb #98b33fbb
@@ -30,14 +29,8 @@ def any_size_map(
     "The tokens of the last block in their grid; positions are resized to it."
     if imgs.shape[1] != encoder.in_chans:
         raise UsageError(f'the encoder takes {encoder.in_chans} channels, got {imgs.shape[1]}')
-    grid = grid_size(tuple(imgs.shape[2:]), encoder.patch_size)
-    positions = resize_positions(encoder.pos_embed[0], encoder.grid, grid)
-    x = encoder.patch_embed(patchify(imgs, encoder.patch_size)) + positions[1:]
-    cls = (encoder.cls_token + positions[:1]).expand(len(x), -1, -1)
-    x = torch.cat([cls, x], dim=1)
-    for block in encoder.blocks:
-        x = block(x)
-    return rearrange(encoder.norm(x)[:, 1:], 'b (r c) d -> b d r c', r=grid[0])
+    patches = any_size_tokens(encoder, imgs)[:, 1:]
+    return rearrange(patches, 'b (r c) d -> b d r c', r=imgs.shape[2] // encoder.patch_size)
 
 class SimplePyramid(nn.Module):
     "ViTDet's simple feature pyramid: one map at four scales."
@@ -61,7 +54,7 @@ class SimplePyramid(nn.Module):
 class DetectionBackbone(nn.Module):
     "An encoder and a simple feature pyramid, as torchvision's detectors want a backbone."
     def __init__(self,
-        encoder:Encoder|MAE,  # copied into nothing: its weights are trained in place
+        encoder:Encoder|MAE,  # trained in place
         width:int=256,        # channels of each level
     ):
         super().__init__()
