@@ -2994,6 +2994,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mae_nb.weights.published.url_to_path': ( 'weights/published.html#url_to_path',
                                                                                     'mae_nb/weights/published.py')},
             'mae_nb.weights.reading': { 'mae_nb.weights.reading.Weights': ('weights/reading.html#weights', 'mae_nb/weights/reading.py'),
+                                        'mae_nb.weights.reading.Weights.classes': ( 'weights/reading.html#weights.classes',
+                                                                                    'mae_nb/weights/reading.py'),
                                         'mae_nb.weights.reading._are_numbers': ( 'weights/reading.html#_are_numbers',
                                                                                  'mae_nb/weights/reading.py'),
                                         'mae_nb.weights.reading._check_classes': ( 'weights/reading.html#_check_classes',

@@ -231,8 +231,7 @@ def evaluate(
     model = load_classifier(weights, name=options.model, img_size=options.img_size).to(device)
     sets = open_evaluation(options, weights, model.in_chans)
     first, variant = next(iter(sets.values())), VARIANTS.get(options.variant)
-    stated = (weights.data or {}).get('classes') or ()
-    matching = match_classes(first, model.head.out_features, stated,
+    matching = match_classes(first, model.head.out_features, weights.classes,
                              variant.classes if variant and variant.subset else None)
     out = start_folder(options.out or next_run('evaluate'))
     start = time.perf_counter()

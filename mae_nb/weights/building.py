@@ -253,7 +253,7 @@ def _head_misfit(
     classes:list,      # of the new data, in the order of their numbers
 ) -> str:              # '' if the head fits
     "The reason why a head cannot be kept."
-    stated = [str(x) for x in (weights.data or {}).get('classes', ())]
+    stated = weights.classes
     pool = 'avg' if 'fc_norm.weight' in ours else 'cls'
     if len(ours['head.weight']) != len(classes):
         return f'it is of {len(ours["head.weight"])} classes, and the data has {len(classes)}'

@@ -151,6 +151,11 @@ class Weights:
     own: bool = False   # a file of ours: `options` is all that is needed to build the model
     ignored: list = field(default_factory=list)  # fields and tensors beside them that were not used
 
+    @property
+    def classes(self) -> list[str]:
+        "The names of the classes that the model was trained on; none where the file does not state them."
+        return [str(name) for name in (self.data or {}).get('classes') or ()]
+
 def _stated_by_name(
     file:Path,  # a weights file
 ) -> Stated:
