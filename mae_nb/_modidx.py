@@ -1902,6 +1902,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mae_nb.tasks.widgets._hide': ('tasks/widgets.html#_hide', 'mae_nb/tasks/widgets.py'),
                                       'mae_nb.tasks.widgets._mask_numbers': ('tasks/widgets.html#_mask_numbers', 'mae_nb/tasks/widgets.py'),
                                       'mae_nb.tasks.widgets._names_of': ('tasks/widgets.html#_names_of', 'mae_nb/tasks/widgets.py'),
+                                      'mae_nb.tasks.widgets._noise': ('tasks/widgets.html#_noise', 'mae_nb/tasks/widgets.py'),
+                                      'mae_nb.tasks.widgets._picture_list': ('tasks/widgets.html#_picture_list', 'mae_nb/tasks/widgets.py'),
                                       'mae_nb.tasks.widgets._stated': ('tasks/widgets.html#_stated', 'mae_nb/tasks/widgets.py'),
                                       'mae_nb.tasks.widgets.explore_attention': ( 'tasks/widgets.html#explore_attention',
                                                                                   'mae_nb/tasks/widgets.py'),
