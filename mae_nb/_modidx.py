@@ -1771,6 +1771,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'mae_nb/tasks/study_runs.py'),
                                          'mae_nb.tasks.study_runs.StudyOptions.__post_init__': ( 'tasks/study_runs.html#studyoptions.__post_init__',
                                                                                                  'mae_nb/tasks/study_runs.py'),
+                                         'mae_nb.tasks.study_runs.StudyOptions.all_seeds': ( 'tasks/study_runs.html#studyoptions.all_seeds',
+                                                                                             'mae_nb/tasks/study_runs.py'),
                                          'mae_nb.tasks.study_runs.StudyOptions.check': ( 'tasks/study_runs.html#studyoptions.check',
                                                                                          'mae_nb/tasks/study_runs.py'),
                                          'mae_nb.tasks.study_runs.StudyOptions.named_study': ( 'tasks/study_runs.html#studyoptions.named_study',
