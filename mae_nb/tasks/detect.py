@@ -28,7 +28,8 @@ def any_size_map(
 ) -> torch.Tensor:      # (b, d, rows, columns)
     "The tokens of the last block in their grid; positions are resized to it."
     if imgs.shape[1] != encoder.in_chans:
-        raise UsageError(f'the encoder takes {encoder.in_chans} channels, got {imgs.shape[1]}')
+        raise UsageError(f'the encoder takes {encoder.in_chans} channels, got {imgs.shape[1]}: '
+                         f'load it with in_chans={imgs.shape[1]}')
     patches = any_size_tokens(encoder, imgs)[:, 1:]
     return rearrange(patches, 'b (r c) d -> b d r c', r=imgs.shape[2] // encoder.patch_size)
 

@@ -204,7 +204,7 @@ class EvalOptions:
         return self.crop or ('whole' if self.variant == 'imagenet-c' else 'official')
 
 def open_evaluation(
-    options:EvalOptions,
+    options:EvalOptions,     # data, part and variant
     weights:Weights,         # opened
     in_chans:int,            # channels that the model takes
 ) -> dict:                   # (corruption, severity), or '' where there is one set -> `ImageSet`

@@ -269,7 +269,7 @@ def write_mask(
     "Write class numbers as a palette PNG: numbers for programs, colours for eyes."
     numbers = np.asarray(mask)
     if numbers.max(initial=0) > IGNORE:
-        raise UsageError(f'a mask holds numbers up to {IGNORE}, got {numbers.max()}')
+        raise UsageError(f'{file}: a mask holds numbers up to {IGNORE}, got {numbers.max()}: use fewer classes')
     im = Image.fromarray(numbers.astype(np.uint8))
     im.putpalette(palette().ravel().tolist())   # and its mode becomes P
     Path(file).parent.mkdir(parents=True, exist_ok=True)

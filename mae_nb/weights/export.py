@@ -105,9 +105,10 @@ def _check_images(
     "Raise where the labels of images are not those of the model."
     names, known = [str(x) for x in images.classes], [str(x) for x in (data or {}).get('classes') or ()]
     if images.labels is None:
-        raise UsageError(f'{images.name} has no labels, which a measurement needs')
+        raise UsageError(f'{images.name} has no labels, which a measurement needs: name labelled images')
     if images.in_chans != model.in_chans:
-        raise UsageError(f'{images.name} has {images.in_chans} channels and the model {model.in_chans}')
+        raise UsageError(f'{images.name} has {images.in_chans} channels and the model {model.in_chans}: '
+                         'measure on the data that it was trained for')
     if len(names) != model.head.out_features or (known and names != known):
         raise UsageError(f'{images.name} has {len(names)} classes ({", ".join(names[:3])}, ...), which are not the '
                          f'{model.head.out_features} of the model: measure on the data that it was trained for')

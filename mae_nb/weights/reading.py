@@ -252,7 +252,7 @@ def _open_shards(
     for name in sorted({*shards.values()}):
         file = index.with_name(name)
         if not file.is_file():
-            raise MissingFile(f'{index} names the shard {name}, which is not in its folder')
+            raise MissingFile(f'{index} names the shard {name}, which is not in its folder: put it there')
         part = _read_safetensors(file)[0] if file.suffix == '.safetensors' else find_tensors(read_pickle(file), file)[0]
         state |= check_tensors(part, file)
     absent = [k for k in shards if k not in state]
