@@ -159,9 +159,8 @@ def mae_show(
     with command(mae_show, debug, img_size=img_size, mask_ratio=mask_ratio, seed=seed, mean=mean, std=std,
                  bands=bands):
         from mae_nb.tasks.visualize import show
-        options = dict(name=model, target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
-        options = {k: v for k, v in options.items() if v is not None}
-        file = show(where, images, out, seed=seed, device=device, mean=mean, std=std, bands=bands, **options)
+        file = show(where, images, out, seed=seed, device=device, mean=mean, std=std, bands=bands, name=model,
+                    target=target, img_size=img_size, mask_ratio=mask_ratio, mask=mask)
         print(f'picture     {file}')
 
 # %% ../nbs/commands.ipynb #c0a7e001

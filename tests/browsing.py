@@ -20,10 +20,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(words: list, log: Path, ready, env: dict | None = None):
+def served(words: list, log: Path, ready, env: dict | None = None, cwd: Path | None = None):
     "A server that runs until the end of the block; `ready` says when it answers."
     with open(log, 'w') as file:
-        server = subprocess.Popen(words, env=env, stdout=file, stderr=file)
+        server = subprocess.Popen(words, env=env, cwd=cwd, stdout=file, stderr=file)
     try:
         end = time.monotonic() + 120
         while not ready() and server.poll() is None and time.monotonic() < end:
@@ -67,6 +67,10 @@ def chromium(profile: Path, webdriver, width: int = 1300, height: int = 1800, **
         yield driver
     finally:
         driver.quit()
+
+
+def bring_into_view(driver, element):
+    driver.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
 
 
 READY = """

@@ -78,9 +78,11 @@ def save_figure(
     file:str|Path,  # the picture wanted; its ending names the format
     **kwargs,       # of `savefig`: dpi
 ):
-    "Write a picture whole or not at all."
+    "Write a picture whole or not at all, and close it: pyplot keeps an open one, and a notebook shows it."
+    import matplotlib.pyplot as plt
     with write_atomically(file) as part:
         figure.savefig(part, format=Path(file).suffix[1:] or 'png', **kwargs)
+    plt.close(figure)
 
 PARTS = dict(train=('train', 'training'), val=('val', 'valid', 'validation', 'dev', 'eval', 'evaluation'),
              test=('test', 'testing'))   # part of a data set -> the names that its folder goes by

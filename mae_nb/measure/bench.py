@@ -45,8 +45,8 @@ def random_images(
     count:int,                 # images
     size:tuple[int, int],      # (rows, columns)
     mean:tuple=IMAGENET_MEAN,  # one a channel
-    std:tuple=IMAGENET_STD,
-    classes:int=10,
+    std:tuple=IMAGENET_STD,    # likewise, the deviation
+    classes:int=10,            # labels are 0 to classes - 1, in turn
 ) -> ImageSet:                 # in memory
     "Noise in place of pictures."
     shape = (count, *size, len(mean))
@@ -98,8 +98,8 @@ def bench_loader(
     img_size,        # side or (rows, columns) of a sample
     *,
     batches:int=20,  # timed
-    num_workers:int|None=None,
-    device='cpu',
+    num_workers:int|None=None,  # processes that read images; by the source if None
+    device='cpu',       # where the batches go
     decode:str='cpu',   # one of `DECODE`
 ) -> dict:           # samples a second
     "The training loader alone, after the batches that workers had ready; an error for less than two batches."
@@ -126,7 +126,11 @@ class StepClock(Callback):
     "The time at two steps of a fit."
     order = 100
 
-    def __init__(self, first:int, last:int, device:torch.device):
+    def __init__(self,
+        first:int,            # step, from 0
+        last:int,             # step, from 0
+        device:torch.device,  # whose work is waited for
+    ):
         self.at, self.device, self.times = (first, last), device, []
 
     def after_batch(self):
@@ -341,5 +345,5 @@ def bench_text(
     measured = names[1:names.index('model')]
     unit = lambda name: _UNITS.get(name, 'seconds' if name.endswith('seconds') else '')
     lines = [f'{name:16} {result[name]:<9.4g} {unit(name)}'.rstrip() for name in measured]
-    machine = f"{result['device_name']}, {result['threads']} threads"
-    return '\n'.join([*lines, f"{machine}, matrix products at {result['matmul_gflops']:.0f} GFLOP a second"])
+    hardware = f"{result['device_name']}, {result['threads']} threads"
+    return '\n'.join([*lines, f"{hardware}, matrix products at {result['matmul_gflops']:.0f} GFLOP a second"])

@@ -71,7 +71,7 @@ def in_turn(
     runs:dict,            # name -> callable
     pairs:int=9,          # turns
     steps:int|None=None,  # calls in a turn; as many as take half a second if None
-    device='cpu',
+    device='cpu',         # where they compute
 ) -> dict:                # name -> seconds of one call, one number a turn
     "Time callables in turn, after a warm-up."
     if pairs < 1 or (steps is not None and steps < 1):
@@ -129,7 +129,8 @@ def transformers_twin(
     encoder, more = get_encoder(model), {}
     if isinstance(model, MAE):
         if model.partial or encoder.mask_token is not None:
-            raise UsageError("transformers' ViT-MAE has the paper's decoder only")
+            raise UsageError("transformers' ViT-MAE has the paper's decoder only: compare a model with "
+                             "decoder='self' and without mask tokens in the encoder")
         more = dict(decoder_heads=_heads(model.decoder), target=model.target.name, mask_ratio=model.mask_ratio)
         config_class, model_class = hf.ViTMAEConfig, hf.ViTMAEForPreTraining
     else:

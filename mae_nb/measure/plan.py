@@ -172,7 +172,7 @@ def loader_seconds(
     recipe,                 # how images are cropped and changed
     size:tuple[int, int],   # (rows, columns)
     mean:tuple,             # one a channel
-    std:tuple,
+    std:tuple,              # likewise, the deviation
     bs:int=64,              # images in a batch
 ) -> float:                 # for one sample
     "The time that a loader of images in memory takes from the training process."
@@ -220,27 +220,26 @@ def plan(
     data = data or _data_of(recipe)
     images, valid = _images_of(data)
     _check_plan(chosen, images, data, gpus, parallel)
-    given = _given_rate(rate)
+    pace = _given_rate(rate)
     name = model or default_model(data)
-    runs = given is None and rate not in PEAKS               # to measure its rate
-    here = device.type == 'cpu' and (runs or not memory)     # for this machine, whose memory holds all else as well
-    with nullcontext() if runs or here else torch.device('meta'):   # without numbers, which a ViT-H needs 2.4 GiB for
+    measures = pace is None and rate not in PEAKS
+    here = device.type == 'cpu' and (measures or not memory)   # on this machine, whose memory holds all else, too
+    with nullcontext() if measures or here else torch.device('meta'):   # without numbers: a ViT-H's take 2.4 GiB
         net = _model_for(chosen, name, data, img_size, 1 if blocks is None else blocks)
     dtype = 'bfloat16' if chosen.amp else 'float32'
     if rate in PEAKS:
-        given = counted_rate(net, rate, dtype)
+        pace = counted_rate(net, rate, dtype)
     base = int(memory_gib(device) * 2**30) if here else 0    # before the model is made
     needs = memory_needs(chosen, here, gpus if parallel == 'fsdp' else 1)
     room = memory * 2**30 if memory else device_memory(device)
     share = loader_batch(override(chosen, dict(accumulate=1)), gpus)
     batch, accumulate = fit_batch(net, share, .9 * room - base, chosen.repeats, **needs)
     load = _load(chosen, data, net)
-    pace = given
-    if pace is None:
+    if measures:
         pace = measured_rate(net.to(device), batch * chosen.repeats, dtype, **chosen.switches)
     numbers = make_plan(net, chosen, images, valid, bs=batch, accumulate=accumulate, gpus=gpus, rate=pace, load=load,
                         base=base, price=price, **needs)
-    about = dict(recipe=recipe, model=name, data=data, measured=given is None, device=str(device), parallel=parallel)
+    about = dict(recipe=recipe, model=name, data=data, measured=measures, device=str(device), parallel=parallel)
     if rate in PEAKS:
         about |= dict(counted_for=rate)
     return Plan(about | numbers, chosen, images, room, load)

@@ -86,7 +86,8 @@ def _validation_tar(folder:Path) -> ImageSet:
         raise MissingFile(f'the labels of {folder/VAL_TAR} are in {DEVKIT}: put it beside it')
     members, wnids = tar_members(folder/VAL_TAR), devkit_labels(folder/DEVKIT)
     if len(members) != len(wnids):
-        raise UsageError(f'{folder/VAL_TAR} has {len(members)} images, {DEVKIT} has {len(wnids)} labels')
+        raise UsageError(f'{folder/VAL_TAR} has {len(members)} images, {DEVKIT} has {len(wnids)} labels: '
+                         'one of the two is not whole, fetch it again')
     classes, labels = np.unique(wnids, return_inverse=True)
     return ImageSet(f'{folder}/val', TarMembers(folder/VAL_TAR, members), labels, classes.tolist())
 

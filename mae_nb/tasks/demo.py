@@ -118,8 +118,8 @@ def _print_row(row:str, results:list[dict]):
     print((f'   {row:11}' + ''.join(f'{cell:>12}' for cell in cells.values())).rstrip(), flush=True)
 
 def _print_head(plan:DemoPlan):
-    print(f'   {"labels/class":11}' + ''.join(f'{labels:>{7 if i == 0 else 12},}' for i, labels in
-                                              enumerate(plan.draws)), flush=True)
+    first, *others = plan.draws
+    print(f'   labels/class{first:>7,}' + ''.join(f'{labels:>12,}' for labels in others), flush=True)
 
 # %% ../../nbs/tasks/06_demo.ipynb #8e530173
 _STYLES = {'raw pixels': ('#777777', 's', ':'), 'untrained': ('#E69F00', 'v', '--'), 'learned': ('#0072B2', 'o', '-'),
@@ -150,7 +150,6 @@ def draw_curves(
     ax.legend(frameon=False, loc='lower right')
     ax.spines[['top', 'right']].set_visible(False)
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/06_demo.ipynb #6a000005
 def demo_folder(

@@ -18,9 +18,8 @@ from ..base.names import pick, to_pair
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..model.encoder import Encoder
 from ..model.mae import MAE
-from ..model.patches import grid_size, patchify
-from ..model.positions import resize_positions
-from ..training.optim import layer_scale, param_groups
+from .view_rivals import any_size_tokens
+from ..training.optim import finetune_groups
 
 # %% ../../nbs/tasks/28_detect.ipynb #98b33fbb
 def any_size_map(
@@ -29,15 +28,10 @@ def any_size_map(
 ) -> torch.Tensor:      # (b, d, rows, columns)
     "The tokens of the last block in their grid; positions are resized to it."
     if imgs.shape[1] != encoder.in_chans:
-        raise UsageError(f'the encoder takes {encoder.in_chans} channels, got {imgs.shape[1]}')
-    grid = grid_size(tuple(imgs.shape[2:]), encoder.patch_size)
-    positions = resize_positions(encoder.pos_embed[0], encoder.grid, grid)
-    x = encoder.patch_embed(patchify(imgs, encoder.patch_size)) + positions[1:]
-    cls = (encoder.cls_token + positions[:1]).expand(len(x), -1, -1)
-    x = torch.cat([cls, x], dim=1)
-    for block in encoder.blocks:
-        x = block(x)
-    return rearrange(encoder.norm(x)[:, 1:], 'b (r c) d -> b d r c', r=grid[0])
+        raise UsageError(f'the encoder takes {encoder.in_chans} channels, got {imgs.shape[1]}: '
+                         f'load it with in_chans={imgs.shape[1]}')
+    patches = any_size_tokens(encoder, imgs)[:, 1:]
+    return rearrange(patches, 'b (r c) d -> b d r c', r=imgs.shape[2] // encoder.patch_size)
 
 class SimplePyramid(nn.Module):
     "ViTDet's simple feature pyramid: one map at four scales."
@@ -61,7 +55,7 @@ class SimplePyramid(nn.Module):
 class DetectionBackbone(nn.Module):
     "An encoder and a simple feature pyramid, as torchvision's detectors want a backbone."
     def __init__(self,
-        encoder:Encoder|MAE,  # copied into nothing: its weights are trained in place
+        encoder:Encoder|MAE,  # trained in place
         width:int=256,        # channels of each level
     ):
         super().__init__()
@@ -129,14 +123,7 @@ def detector_groups(
     layer_decay:float=1.,  # factor from one layer to the one below, in (0, 1]; 1 = none
 ) -> list[dict]:           # for an optimizer: each with an `lr_scale` to multiply the rate by
     "The groups of fine-tuning: pyramid and heads at the full rate, and less from block to block below them."
-    prefix, depth = 'backbone.encoder.', len(model.backbone.blocks)
-
-    def no_decay(name, parameter):
-        return parameter.ndim <= 1 or name.removeprefix(prefix) in ('cls_token', 'pos_embed')
-
-    def scale(name):
-        return layer_scale(name.removeprefix(prefix), depth, layer_decay) if name.startswith(prefix) else 1.
-    return param_groups(model, weight_decay, no_decay, scale)
+    return finetune_groups(model, weight_decay, layer_decay, 'backbone.encoder.')
 
 # %% ../../nbs/tasks/28_detect.ipynb #eb2ddb8b
 def average_precision(

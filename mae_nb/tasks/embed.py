@@ -47,7 +47,7 @@ def token_features(
     return pool_tokens(block_tokens(encoder, imgs, block, norm=block == -1), pick(tokens, TOKENS, 'tokens'))
 
 def feature_shape(
-    encoder:Encoder,
+    encoder:Encoder,   # whose `img_size` the picture has
     tokens:str='cls',  # one of `TOKENS`
     block:int=-1,      # as for `token_features`; an error if the encoder does not have it
 ) -> tuple:            # (d,), or (n, d) for patches
@@ -84,7 +84,7 @@ class EmbedOptions:
         pick(self.tokens, TOKENS, 'tokens')
         crop_by_name(self.crop)
         if Path(self.out).suffix not in ('.npy', '.parquet'):
-            raise UsageError(f'out={str(self.out)!r} must end with .npy or .parquet')
+            raise UsageError(f'out={str(self.out)!r} must end with .npy or .parquet, which name the kind of file')
 
 
 # %% ../../nbs/tasks/22_embed.ipynb #94be958d
@@ -152,7 +152,7 @@ def fill_parts(
     parts:Parts,              # where they go
     encoder:Encoder,          # in evaluation mode
     images:ImageSet,          # with the mean and deviation that the encoder expects
-    options:EmbedOptions,
+    options:EmbedOptions,     # crop, tokens, block, dtype, workers
     tick:Callable|None=None,  # called after each batch
 ):
     "Compute and write this process's share of the parts that are missing."
@@ -230,7 +230,7 @@ def read_embeddings(
     "The features in a file, with names and labels."
     file = Path(file)
     if not file.is_file():
-        raise MissingFile(f'no such file of features: {file}')
+        raise MissingFile(f'no such file of features: {file}: name one that mae-embed has written')
     if file.suffix == '.parquet':
         require('pyarrow', 'pack')
         from pyarrow.parquet import read_table
@@ -241,14 +241,15 @@ def read_embeddings(
         flat = table['features'].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return Embeddings(table['name'].to_pylist(), table['label'].to_pylist(), table['class'].to_pylist(),
                           flat.reshape(-1, *shape))
-    beside = file.with_suffix('.csv')
-    if not beside.is_file():
-        raise MissingFile(f'the names of {file} are in {beside.name}, which is not beside it')
-    with open(beside, newline='', encoding='utf-8') as f:
+    table = file.with_suffix('.csv')
+    if not table.is_file():
+        raise MissingFile(f'the names of {file} are in {table.name}, which is not beside it: '
+                          'put it back, or embed again')
+    with open(table, newline='', encoding='utf-8') as f:
         rows = list(csv.DictReader(f))
     features = np.load(file, mmap_mode='r', allow_pickle=False)
     if len(features) != len(rows):
-        raise UsageError(f'{file} has {len(features)} features and {beside.name} {len(rows)} names: make both again')
+        raise UsageError(f'{file} has {len(features)} features and {table.name} {len(rows)} names: make both again')
     return Embeddings([r['name'] for r in rows], [int(r['label']) if r['label'] else None for r in rows],
                       [r['class'] or None for r in rows], features)
 
@@ -259,8 +260,7 @@ def embed(
     "Write the features of every picture to a file; the same call continues one that was ended."
     out = Path(options.out)
     device, weights = get_device(options.device), open_weights(options.weights)
-    changes = {k: v for k, v in dict(name=options.model, img_size=options.img_size).items() if v is not None}
-    encoder, report = load_encoder(weights, **changes)
+    encoder, report = load_encoder(weights, name=options.model, img_size=options.img_size)
     if report.missing:   # a classifier with mean pooling has no norm behind its blocks
         encoder.norm = nn.Identity()
     images = as_expected(open_images(options.data, options.part), weights, encoder.in_chans)

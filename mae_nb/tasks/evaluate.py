@@ -169,7 +169,6 @@ def draw_calibration(
     below.set_xlabel('confidence')
     below.set_ylabel('pictures')
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/21_evaluate.ipynb #c691a31b
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class EvalOptions:
         return self.crop or ('whole' if self.variant == 'imagenet-c' else 'official')
 
 def open_evaluation(
-    options:EvalOptions,
+    options:EvalOptions,     # data, part and variant
     weights:Weights,         # opened
     in_chans:int,            # channels that the model takes
 ) -> dict:                   # (corruption, severity), or '' where there is one set -> `ImageSet`
@@ -229,12 +228,10 @@ def evaluate(
 ) -> dict:                # all numbers; `results.json` has them without those of the clock
     "Measure a classifier, write the result's folder and report it."
     device, weights = get_device(options.device), open_weights(options.weights)
-    changes = {k: v for k, v in dict(name=options.model, img_size=options.img_size).items() if v is not None}
-    model = load_classifier(weights, **changes).to(device)
+    model = load_classifier(weights, name=options.model, img_size=options.img_size).to(device)
     sets = open_evaluation(options, weights, model.in_chans)
     first, variant = next(iter(sets.values())), VARIANTS.get(options.variant)
-    stated = (weights.data or {}).get('classes') or ()
-    matching = match_classes(first, model.head.out_features, stated,
+    matching = match_classes(first, model.head.out_features, weights.classes,
                              variant.classes if variant and variant.subset else None)
     out = start_folder(options.out or next_run('evaluate'))
     start = time.perf_counter()
@@ -322,7 +319,6 @@ def _draw_corruptions(predictions:dict, file:Path):
     ax.set_ylabel('severity')
     fig.colorbar(image, label='top-1 error')
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 def evaluation_text(
     result:dict,  # from `evaluate`

@@ -275,7 +275,8 @@ def knn_probe(
     check_channels(dls, encoder)
     check_labels(dls, len(dls.train.dataset.images.classes))
     if len(dls.loaders) < 2:
-        raise UsageError(f'{dls.train.dataset.images.name} has no validation set to judge')
+        raise UsageError(f'{dls.train.dataset.images.name} has no validation set to classify: '
+                         'give get_dls a pair of sets')
     train, valid = (dl.dataset.images for dl in dls.loaders[:2])
 
     def vectors(images):

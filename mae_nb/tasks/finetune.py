@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.files import save_figure, write_atomically
 from ..base.keyed import key, seeded, uniform
@@ -134,7 +133,6 @@ def _draw_confusion(table:np.ndarray, names:list, file:Path):
     ax.set_ylabel('is')
     fig.colorbar(image, shrink=.7, label="share of the class's images")
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/03_finetune.ipynb #b2400009
 class ClassReport(Callback):
@@ -316,12 +314,12 @@ def finetune_setup(
     "The learner of a fine-tuning, with its run folder if `out` names one; nothing is trained yet."
     options = options.resumed()
     options.check()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before anything is read
-    size = {name: getattr(options, name) for name in ('img_size', 'in_chans') if getattr(options, name) is not None}
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     begun = None if options.from_scratch else begun_model(options)
     weights = None if options.from_scratch or begun else open_weights(options.weights)
-    encoder, loading = (None, None) if weights is None else load_encoder(weights, **size)
+    encoder, loading = None, None
+    if weights is not None:
+        encoder, loading = load_encoder(weights, img_size=options.img_size, in_chans=options.in_chans)
     sets = load_labelled(options.data, options.seed, options.split, **options.image_options)
     head = len(sets[0].classes), recipe.pool, recipe.drop_path
     if options.from_scratch:

@@ -73,10 +73,10 @@ def check_same_pictures(
                              f'{embeddings.names[i]}: name the data that they were made of')
 
 def choose_queries(
-    embeddings:Embeddings,
+    embeddings:Embeddings,   # of all pictures
     names:list,      # of pictures in it; some of them by seed if empty
     count:int=6,     # how many by seed
-    seed:int=0,
+    seed:int=0,      # of the draw
 ) -> list[int]:      # their numbers
     "The pictures whose neighbours are wanted."
     if not names:
@@ -112,7 +112,6 @@ def draw_neighbours(
                 spine.set_color('C2' if same and column else '0.8')
                 spine.set_linewidth(2 if same and column else 1)
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/23_neighbours.ipynb #9d321aac
 MAPS = 'pca', 'umap'
@@ -159,7 +158,6 @@ def draw_map(
     ax.set_xticks([])
     ax.set_yticks([])
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
 
 # %% ../../nbs/tasks/23_neighbours.ipynb #97bfc081
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class NeighbourOptions:
         pick(self.map_by, MAPS, 'map')
 
 def neighbours(
-    options:NeighbourOptions,
+    options:NeighbourOptions,  # what is searched, and where the pictures go
 ) -> dict:   # name of each query -> [(name, cosine)] of its neighbours
     "Find the nearest pictures, write a sheet of them and, if one is named, a map of all."
     embeddings, images = read_embeddings(options.features), open_images(options.data, options.part)

@@ -197,7 +197,7 @@ def _open_model(options:PixelOptions) -> tuple[Segmenter, Weights]:
 
 def _check_classes(images:MaskSet, weights:Weights):
     "Raise where the data's classes are not those of the training."
-    stated, own = [str(c) for c in (weights.data or {}).get('classes', ())], list(map(str, images.classes))
+    stated, own = weights.classes, list(map(str, images.classes))
     unnamed = all(name.isdecimal() for name in own) and len(own) <= len(stated)   # without a classes.txt
     if stated and own != stated and not unnamed:
         raise UsageError(f'{weights.where} was trained for {len(stated)} classes, {", ".join(stated[:3])}, ..., and '
@@ -269,7 +269,7 @@ def write_mask(
     "Write class numbers as a palette PNG: numbers for programs, colours for eyes."
     numbers = np.asarray(mask)
     if numbers.max(initial=0) > IGNORE:
-        raise UsageError(f'a mask holds numbers up to {IGNORE}, got {numbers.max()}')
+        raise UsageError(f'{file}: a mask holds numbers up to {IGNORE}, got {numbers.max()}: use fewer classes')
     im = Image.fromarray(numbers.astype(np.uint8))
     im.putpalette(palette().ravel().tolist())   # and its mode becomes P
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ def predict_masks(
     model, weights = _open_model(options)
     images = as_expected(_open_pictures(Path(options.data)), weights, model.encoder.in_chans)
     names, predict = _mask_names(images), _predictor(model, images)
-    classes = [str(c) for c in (weights.data or {}).get('classes', range(model.head.out_features))]
+    classes = weights.classes or [str(number) for number in range(model.head.out_features)]
     out, pixels = start_folder(options.out or next_run('segment-predict')), np.zeros(model.head.out_features, np.int64)
     with Steps(len(images), 'predicting') as steps:
         for i, name in enumerate(names):

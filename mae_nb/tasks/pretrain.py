@@ -17,7 +17,6 @@ from pathlib import Path
 from fastai.callback.core import Callback
 import torch
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import generator, key, seeded, uniform
 from ..base.processes import print_once, rank
@@ -196,13 +195,12 @@ def _starting_options(
     recipe:PretrainRecipe,  # how to train it
 ) -> dict:                  # of `create_mae`
     "The model of the weights to start from, with what the recipe asks for."
-    found = model_options(options.init, target=recipe.target)
-    if options.model and options.model != found['name']:
-        raise UsageError(f'{options.init} is of {found["name"]} and not of model={options.model}: leave `model` out')
-    size = {k: v for k, v in found.items() if k in ENCODER_OPTIONS or k.startswith('decoder_')}
-    same_decoder = found.get('decoder', 'self') == recipe.decoder
-    size = size if same_decoder else {k: v for k, v in size.items() if not k.startswith('decoder_')}
-    return dict(name=found['name']) | size | mae_options(recipe)
+    stated = model_options(options.init, target=recipe.target)
+    name, same_decoder = stated['name'], stated.get('decoder', 'self') == recipe.decoder
+    if options.model and options.model != name:
+        raise UsageError(f'{options.init} is of {name} and not of model={options.model}: leave `model` out')
+    size = {k: v for k, v in stated.items() if k in ENCODER_OPTIONS or k.startswith('decoder_') and same_decoder}
+    return dict(name=name) | size | mae_options(recipe)
 
 def started_model(
     options:RunOptions,     # what the run is made from
@@ -227,8 +225,7 @@ def pretrain_setup(
 ) -> TaskLearner:
     "The learner of a pretraining, with its run folder if `out` names one; nothing is trained yet."
     options = options.resumed()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before the images are read
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     sets = with_channels(load_source(options.data), **options.image_options)
     chosen_bands(sets[0].in_chans, getattr(options, 'bands', None))   # a wrong one is an error before the first step
     model = started_model(options, recipe, sets[0].in_chans)

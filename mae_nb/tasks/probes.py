@@ -17,7 +17,6 @@ from einops import rearrange
 from torch import nn
 import torch
 
-from ..base.devices import get_device
 from ..base.errors import UsageError
 from ..base.keyed import seeded
 from ..base.names import pick
@@ -274,16 +273,14 @@ def _read_encoder(options:ProbeOptions) -> tuple:
     "The encoder, and what is said of its weights; a run that resumes does not need them."
     begun = begun_model(options) if options.trains else None
     if begun is None:
-        channels = {} if options.in_chans is None else dict(in_chans=options.in_chans)
-        return load_encoder(options.weights, **channels)
+        return load_encoder(options.weights, in_chans=options.in_chans)
     config = {k: v for k, v in begun.items() if k in ('name', *ENCODER_OPTIONS)}
     return Encoder(**encoder_options(**config), config=config).eval(), 'all weights come from the checkpoint'
 
 def _read_probe(options:ProbeOptions) -> tuple:
     "The sets, the encoder and the recipe that the options name."
     options.check()
-    recipe = options.read_recipe()
-    get_device(options.device)   # a wrong one is an error before anything is read
+    recipe = options.read_recipe()   # a wrong device is an error here, before anything is read
     encoder, report = _read_encoder(options)
     if not any(setting.startswith('queries') for setting in options.set):
         recipe = fit_queries(recipe, encoder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastai.callback.core import Callback, CancelFitException
 import torch
 
-from ..base.errors import MissingFile
+from ..base.errors import MissingFile, UsageError
 from .finetune import FinetuneOptions, finetune_setup
 from .pretrain import PretrainOptions, pretrain_setup
 from .probes import ProbeOptions, probe_setup
@@ -88,7 +88,10 @@ def replay(
 ) -> dict:                    # the step's description, and what went wrong where
     "Do a step again whose loss or gradient was not finite, and report where it went wrong."
     description = read_step(step)
-    kind, setup = SETUPS[read_options(description['run'])[0]]
+    command, _ = read_options(description['run'])
+    if command not in SETUPS:
+        raise UsageError(f'{step} is a step of {command}, which is not repeated: only those of {", ".join(SETUPS)} are')
+    kind, setup = SETUPS[command]
     options = begun_options(description['run'], kind)
     learn, seen = setup(replace(options, device=device, num_workers=0, out=None, resume=None)), Replay()
     learn.add_cbs([Checkpoints(step, writes=False), seen])

@@ -50,9 +50,10 @@ def _patch_rival(encoder:Encoder, recipe, config:dict) -> PatchRival:
     return PatchRival(encoder, target, 'tokens', sampler, recipe.mask_ratio, config=config)
 
 def _dino(encoder:Encoder, recipe:DINORecipe, config:dict) -> DINO:
-    return DINO(encoder, recipe.hidden, recipe.bottleneck, recipe.out, recipe.local_views, recipe.local_side,
-                recipe.momentum, recipe.temperatures, recipe.temperature_epochs / recipe.epochs,
-                recipe.freeze_epochs / recipe.epochs, config)
+    return DINO(encoder, hidden=recipe.hidden, bottleneck=recipe.bottleneck, out=recipe.out,
+                local_views=recipe.local_views, local_side=recipe.local_side, momentum=recipe.momentum,
+                temperatures=recipe.temperatures, warmup=recipe.temperature_epochs / recipe.epochs,
+                freeze=recipe.freeze_epochs / recipe.epochs, config=config)
 
 def rival_model(
     name:str,                # a key of `RIVALS`
@@ -70,11 +71,11 @@ def rival_model(
     if name == 'supervised' and num_classes is None:
         raise UsageError('supervised learns from labels: give the number of classes, or images with labels')
     options = encoder_options(size_name, **size)
-    config = dict(name=size_name) | {k: v for k, v in size.items() if v is not None}
     with_tokens = name in ('simmim', 'beit')
-    encoder = Encoder(**options, drop_path=recipe.drop_path, mask_tokens=with_tokens, config=config)
-    config = config | dict(img_size=encoder.img_size, in_chans=encoder.in_chans, rival=name)
-    encoder.config |= dict(img_size=encoder.img_size, in_chans=encoder.in_chans)
+    encoder = Encoder(**options, drop_path=recipe.drop_path, mask_tokens=with_tokens)
+    changes = {k: v for k, v in size.items() if v is not None}
+    encoder.config = dict(name=size_name) | changes | dict(img_size=encoder.img_size, in_chans=encoder.in_chans)
+    config = encoder.config | dict(rival=name)
     if name == 'supervised':
         return Supervised(encoder, num_classes, recipe.pool, config | dict(num_classes=num_classes))
     if name == 'moco':

@@ -170,8 +170,8 @@ def _at_a_time(sets:tuple, options:StudyOptions, jobs:list[Job], count:int) -> I
     context = multiprocessing.get_context('spawn')   # a fork would share the GPU's state
     tasks, results = context.SimpleQueue(), context.Queue()
     threads = max((os.cpu_count() or 1) // count, 1)
-    rest = sets, options, threads, os.getpid(), tasks, results
-    workers = [context.Process(target=work, args=rest) for _ in range(count)]
+    arguments = sets, options, threads, os.getpid(), tasks, results
+    workers = [context.Process(target=work, args=arguments) for _ in range(count)]
     try:
         with _threads(threads):
             for worker in workers:
@@ -279,8 +279,7 @@ def run_study(
     out = make_run(options.out, study_config(options, plan), options.resume is not None)
     with suppress(OSError):
         (out/'checkpoints').rmdir()   # a study's checkpoints are in the folders of its points
-    seeds = [options.seed + i for i in range(options.seeds)]
-    failures = _run_rest(sets, options, make_jobs(plan.points, plan.epochs, seeds, out), plan)
+    failures = _run_rest(sets, options, make_jobs(plan.points, plan.epochs, options.all_seeds, out), plan)
     result = report_study(options, plan, out)
     if failures:
         raise RuntimeError(f'{len(failures)} points failed, such as {next(iter(failures))}: the same study with '
@@ -331,8 +330,7 @@ def report_study(
 ) -> dict:                  # `points`, `trends` and `conclusion`
     "Write the summary and the figure, and print what the study shows."
     question, _ = options.named_study
-    seeds = [options.seed + i for i in range(options.seeds)]
-    rows = all_rows(make_jobs(plan.points, plan.epochs, seeds, out), plan)
+    rows = all_rows(make_jobs(plan.points, plan.epochs, options.all_seeds, out), plan)
     if not rows:
         raise RuntimeError(f'no point of the study is finished: the logs in {out}/points say why')
     summaries = summarize(question, plan.points, rows)

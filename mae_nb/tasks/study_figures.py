@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.files import write_atomically
+from ..base.files import save_figure, write_atomically
 from .paper import MEASURES
 from .study_points import Point, Study, Trend
 
@@ -218,9 +218,7 @@ def draw_study(
         ax.set_title(MEASURES[metric])
         ax.set_xlabel(study.axis)
     fig.suptitle(f'{study.title}: ours ({title}) and the paper ({study.source})' if study.paper else study.title)
-    with write_atomically(file) as part:
-        fig.savefig(part, dpi=120, format='png')
-    plt.close(fig)
+    save_figure(fig, file, dpi=120)
 
 def _draw_ours(ax, ours:list[Summary], names:list[str]|None):
     "Means with a bar of one standard deviation, and a dot for each seed."

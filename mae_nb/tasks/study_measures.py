@@ -207,7 +207,7 @@ class Cost:
         return (self.epoch * epochs + self.measuring) / 60
 
 def duration(
-    minutes:float,
+    minutes:float,   # from 0
 ) -> str:
     "Minutes in the unit that suits them."
     if minutes < 1:

@@ -8,6 +8,7 @@ __all__ = ['READOUTS', 'StudyOptions', 'float_of', 'Job', 'make_jobs', 'point_op
 
 # %% ../../nbs/tasks/16_study_runs.ipynb #3c9a8d74
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
@@ -75,6 +76,11 @@ class StudyOptions(RunOptions):
         return find_study(self.study, self.set)
 
     @property
+    def all_seeds(self) -> range:
+        "The seed of each run."
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
     def tried_rates(self) -> list[str]:
         return split_values(self.rates) if self.rates else []
 
@@ -126,7 +132,7 @@ class Job:
 def make_jobs(
     points:list[Point],    # of the study
     epochs:list[int],      # of each point's pretraining
-    seeds:list[int],       # of the study
+    seeds:Iterable[int],   # of the study
     out:str|Path,          # the study's folder
 ) -> list[Job]:            # seed by seed: an interrupted study has whole curves
     "A study's pretrainings, each with its points."

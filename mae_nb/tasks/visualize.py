@@ -108,7 +108,6 @@ def save_reconstructions(
     bands:tuple|None=None,   # one or three channels to show, counted from 0; as for `show_reconstructions` if None
 ) -> Path:
     "Draw reconstructions of a data set's images into a file."
-    import matplotlib.pyplot as plt
     ids = np.arange(min(count, len(images)))
     if images.labels is not None:
         ids = np.sort(np.unique(images.labels, return_index=True)[1])[:count]
@@ -120,7 +119,6 @@ def save_reconstructions(
     fig = show_reconstructions(model, imgs, images.mean, images.std, noise.to(device), bands=bands,
                                stretch=images.bits == 16)
     save_figure(fig, file, dpi=110)
-    plt.close(fig)
     return file
 
 def _for_channels(name:str, given:tuple|None, known:tuple, channels:int) -> tuple:
@@ -144,7 +142,6 @@ def show(
     **options,                              # of `load_mae`: name, target, img_size, mask_ratio, mask
 ) -> Path:
     "Draw what a masked autoencoder makes of image files."
-    import matplotlib.pyplot as plt
     if not images:
         raise UsageError('name at least one image file')
     opened = open_weights(weights)
@@ -158,5 +155,4 @@ def show(
     noise = uniform(key(seed, 0, torch.arange(len(imgs), device=imgs.device), 'mask'), model.num_patches)
     fig = show_reconstructions(model, standardize(imgs, mean, std), mean, std, noise, bands=bands, stretch=bits == 16)
     save_figure(fig, out, dpi=110)
-    plt.close(fig)
     return Path(out)

@@ -51,6 +51,11 @@ def _names_of(images:ImageSet) -> dict:
     labels = [''] * len(images) if images.labels is None else [f' ({images.classes[c]})' for c in images.labels]
     return {f'{i}{label}': i for i, label in enumerate(labels)}
 
+def _picture_list(images:ImageSet) -> Choice:
+    "The list to choose a picture from."
+    names = tuple(_names_of(images))
+    return Choice('picture', names, names[0])
+
 def _chosen(images:ImageSet, name:str, size:tuple, content:bytes|None=None) -> torch.Tensor:
     "A picture of the set, or the reader's own, as a batch (1, c, *size) of uint8."
     if content is None:
@@ -70,11 +75,14 @@ def _hide(imgs:torch.Tensor, mask:torch.Tensor, patch_size:int) -> np.ndarray:
     shown = torch.where(mask[..., None].bool(), hidden, patches)
     return shown_image(unpatchify(shown, patch_size, grid_size(imgs.shape[2:], patch_size))[0])
 
+def _noise(grid:tuple, seed:int) -> torch.Tensor:
+    "The random numbers (1, n) by which patches are removed."
+    return uniform(key(seed, 0, torch.arange(1), 'mask'), grid[0] * grid[1])
+
 def _draw_mask(images:ImageSet, size:int, patch_size:int, picture:str, sampler:str, ratio:float, seed:int) -> tuple:
     "The patches that a sampler leaves visible."
     imgs, grid = _chosen(images, picture, (size, size)) / 255, grid_size((size, size), patch_size)
-    noise = uniform(key(seed, 0, torch.arange(1), 'mask'), grid[0] * grid[1])
-    mask = MASKS[sampler](noise, grid, ratio).mask
+    mask = MASKS[sampler](_noise(grid, seed), grid, ratio).mask
     visible = int((1 - mask).sum())
     title = f'{visible} of {mask.numel()} patches are visible'
     figure = draw_row(['original', title], [shown_image(imgs[0]), _hide(imgs, mask, patch_size)], 3.2)
@@ -88,8 +96,7 @@ def explore_masking(
 ):                              # widget, or matplotlib figure
     "Hide patches of a picture: move the mask ratio, change the sampler, draw again."
     images = sample_photos() if images is None else images
-    names = tuple(_names_of(images))
-    controls = dict(picture=Choice('picture', names, names[0]), sampler=Choice('sampler', tuple(MASKS), 'random'),
+    controls = dict(picture=_picture_list(images), sampler=Choice('sampler', tuple(MASKS), 'random'),
                     ratio=Slider('mask ratio', .05, .95, .05, .75), seed=Slider('seed', 0, 20, 1, 0))
     return explore(partial(_draw_mask, images, size, patch_size), controls, live)
 
@@ -107,8 +114,7 @@ def shuffle_steps(
     "What happens to the list of patches, step by step."
     patches, grid = patchify(imgs, patch_size), grid_size(imgs.shape[2:], patch_size)
     n = patches.shape[1]
-    noise = uniform(key(seed, 0, torch.arange(1), 'mask'), n)
-    mask = random_mask(noise, grid, ratio)
+    mask = random_mask(_noise(grid, seed), grid, ratio)
     order, k = mask.ids_restore.argsort(dim=1), num_keep(n, ratio)
     kept = gather_tokens(patches, mask.ids_keep)
     filled = torch.cat([kept, torch.full_like(patches[:, k:], .75)], dim=1)
@@ -124,7 +130,7 @@ def _draw_shuffle(images:ImageSet, cells:int, picture:str, step:int, seed:int) -
     p = 20
     imgs = _chosen(images, picture, (cells * p, cells * p)) / 255
     patches, numbers = shuffle_steps(imgs, p, seed=seed)[step]
-    noise = uniform(key(seed, 0, torch.arange(1), 'mask'), cells**2)[0]
+    noise = _noise((cells, cells), seed)[0]
     figure = new_figure(7.6, 2.7)
     whole, *axs = figure.subplot_mosaic([['whole', *range(8)], ['whole', *range(8, 16)]],
                                         width_ratios=[4, *[1] * 8]).values()
@@ -150,8 +156,7 @@ def explore_shuffle(
 ):                              # widget, or matplotlib figure
     "Follow sixteen patches through shuffle, encoder and unshuffle, step by step."
     images = sample_photos() if images is None else images
-    names = tuple(_names_of(images))
-    controls = dict(picture=Choice('picture', names, names[0]), step=Slider('step', 0, len(STEPS) - 1, 1, 4),
+    controls = dict(picture=_picture_list(images), step=Slider('step', 0, len(STEPS) - 1, 1, 4),
                     seed=Slider('seed', 0, 20, 1, 0))
     return explore(partial(_draw_shuffle, images, 4), controls, live)
 
@@ -179,8 +184,7 @@ def _draw_reconstruction(model, images:ImageSet, stated:tuple, picture:str, own:
 
 def _mask_numbers(sampler:str, grid:tuple, ratio:float, seed:int) -> list:
     "The numbers of the patches that a sampler removes."
-    noise = uniform(key(seed, 0, torch.arange(1), 'mask'), grid[0] * grid[1])
-    return MASKS[sampler](noise, grid, ratio).mask[0].nonzero()[:, 0].tolist()
+    return MASKS[sampler](_noise(grid, seed), grid, ratio).mask[0].nonzero()[:, 0].tolist()
 
 def explore_reconstruction(
     weights:str|Path='mae_nano_cifar10',  # as for `load_mae`
@@ -190,7 +194,7 @@ def explore_reconstruction(
 ):                                        # widget, or matplotlib figure
     "Draw a mask by hand, on a picture of the set or on your own, and see what the model predicts."
     model, images = load_mae(weights, **options), sample_photos() if images is None else images
-    grid, size, stated, names = model.encoder.grid, model.encoder.img_size, _stated(weights, images), _names_of(images)
+    grid, size, stated = model.encoder.grid, model.encoder.img_size, _stated(weights, images)
 
     def beneath(values):
         return shown_image(_chosen(images, values['picture'], size, values['own'])[0] / 255)
@@ -198,8 +202,7 @@ def explore_reconstruction(
     patterns = {sampler: partial(_mask_numbers, sampler, grid, model.mask_ratio) for sampler in ('random', 'block')}
     board = Board('press the patches to hide', grid, beneath, tuple(patterns['random'](0)),
                   patterns=patterns | dict(none=lambda clicks: ()))
-    controls = dict(picture=Choice('picture', tuple(names), next(iter(names))), own=Upload('own picture'),
-                    removed=board)
+    controls = dict(picture=_picture_list(images), own=Upload('own picture'), removed=board)
     return explore(partial(_draw_reconstruction, model, images, stated), controls, live)
 
 # %% ../../nbs/tasks/29_widgets.ipynb #a290001c
@@ -209,23 +212,22 @@ def _draw_attention(
     weights = maps(picture, block)
     weights = weights.mean(dim=0) if head == 'mean' else weights[int(head)]
     row, columns = weights[patch[0] + 1 if patch else 0], encoder.grid[1]
-    looked = row[1:].view(encoder.grid)
-    who = f'the patch in row {patch[0] // columns + 1}, column {patch[0] % columns + 1}' if patch else 'the class token'
+    shares = row[1:].view(encoder.grid)
+    place_of = lambda number: f'row {number // columns + 1}, column {number % columns + 1}'
+    token = f'the patch in {place_of(patch[0])}' if patch else 'the class token'
     figure = new_figure(6.4, 3)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     left.imshow(picture_of(picture), extent=(-.5, columns - .5, encoder.grid[0] - .5, -.5), cmap='gray', vmin=0, vmax=1)
-    shown = right.imshow(100 * looked, cmap='viridis', vmin=0)
+    shown = right.imshow(100 * shares, cmap='viridis', vmin=0)
     for ax in (left, right):
         for i in patch:
             for colour, width in (('k', 5), ('w', 2)):   # visible on bright and on dark patches
                 ax.plot(i % columns, i // columns, 's', ms=13, mfc='none', mec=colour, mew=width)
         ax.set_axis_off()
-    right.set_title(f'where {who} looks', fontsize=9)
+    right.set_title(f'where {token} looks', fontsize=9)
     figure.colorbar(shown, label='share of its attention, %')
-    top = looked.argmax().item()
-    return figure, (f'{picture}, block {block}, head {head}: {who} looks most at row {top // columns + 1}, column '
-                    f'{top % columns + 1}, with {100 * looked.max():.0f} % of its attention; '
-                    f'the class token gets {100 * row[0]:.0f} %')
+    return figure, (f'{picture}, block {block}, head {head}: {token} looks most at {place_of(shares.argmax().item())}, '
+                    f'with {100 * shares.max():.0f} % of its attention; the class token gets {100 * row[0]:.0f} %')
 
 def explore_attention(
     weights:str|Path='mae_nano_cifar10',  # as for `load_encoder`
@@ -235,7 +237,7 @@ def explore_attention(
 ):                                        # widget, or matplotlib figure
     "Press a patch and see where it looks, in each block and head."
     encoder, images = load_encoder(weights, **options)[0], sample_photos() if images is None else images
-    stated, names, size = _stated(weights, images), _names_of(images), encoder.img_size
+    stated, size = _stated(weights, images), encoder.img_size
     depth, heads = len(encoder.blocks), encoder.blocks[0].attn.num_heads
 
     @lru_cache(maxsize=32)
@@ -249,8 +251,7 @@ def explore_attention(
     rows, columns = encoder.grid
     board = Board('press a patch', encoder.grid, lambda values: picture_of(values['picture']),
                   (rows // 2 * columns + columns // 2,), many=False)
-    controls = dict(picture=Choice('picture', tuple(names), next(iter(names))),
-                    block=Slider('block', 0, depth - 1, 1, depth - 1),
+    controls = dict(picture=_picture_list(images), block=Slider('block', 0, depth - 1, 1, depth - 1),
                     head=Choice('head', ('mean', *map(str, range(heads))), 'mean'), patch=board)
     return explore(partial(_draw_attention, encoder, picture_of, maps), controls, live)
 
@@ -258,8 +259,8 @@ def explore_attention(
 def _draw_neighbours(images:ImageSet, vectors:Callable, count:int, number:int, by:str) -> tuple:
     "A picture and its nearest ones."
     features = vectors(by)
-    found, cosines = nearest(features, features[[number]], count + 1, 'torch')
-    near = [(int(i), float(c)) for i, c in zip(found[0], cosines[0]) if i != number][:count]
+    numbers, cosines = nearest(features, features[[number]], count + 1, 'torch')
+    near = [(int(i), float(c)) for i, c in zip(numbers[0], cosines[0]) if i != number][:count]
     label = [str(i) if images.labels is None else str(images.classes[images.labels[i]]) for i in range(len(images))]
     figure = new_figure(8.4, 3.2)
     axs = figure.subplots(2, (count + 2) // 2).flatten()

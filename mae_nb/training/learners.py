@@ -55,6 +55,12 @@ class FastaiLearner(TaskLearner):
         return super().add_cb(cb)
 
     @property
+    def evaluated(self) -> nn.Module:
+        "The model that is measured and saved: the average of the weights where the recipe keeps one."
+        ema = self.find_callback('weight_ema')
+        return self.model if ema is None or ema.average is None else ema.average.module
+
+    @property
     def smooth_loss(self) -> torch.Tensor:
         "The epoch's mean loss so far; reading it waits for the device."
         return self.recorder.smooth_loss.value
@@ -242,8 +248,7 @@ class LabelLearner(FastaiLearner):
         images, device = self.dls.train.dataset.images, self.dls.device
         img = eval_crop(as_image(item, images.in_chans, images.bits), None, self.dls.train.dataset.size)
         x = standardize(img[None].to(device), images.mean, images.std)
-        ema = self.find_callback('weight_ema')
-        model = self.model if ema is None or ema.average is None else ema.average.module
+        model = self.evaluated
         training = model.training
         try:
             probabilities = self.activation(model.eval()(x).float())[0].cpu()

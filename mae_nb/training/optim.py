@@ -67,13 +67,18 @@ def layer_scale(
 
 # %% ../../nbs/training/03_optim.ipynb #bf7a025a
 def finetune_groups(
-    model:nn.Module,          # a `Classifier`
+    model:nn.Module,          # a `Classifier`, or a model with an encoder in it
     weight_decay:float,       # for matrices
     layer_decay:float=1.,     # factor from one layer to the one below, in (0, 1]; 1 = none
+    encoder:str='',           # how the names of the encoder's parameters begin, such as 'encoder.'
 ) -> list[dict]:
     "Groups for fine-tuning: layer-wise decay; no weight decay for 1-D parameters, class token and positions."
-    no_decay = lambda name, p: p.ndim <= 1 or name in ('cls_token', 'pos_embed')
-    scale = lambda name: layer_scale(name, len(model.blocks), layer_decay)
+    def no_decay(name, parameter):
+        return parameter.ndim <= 1 or name.removeprefix(encoder) in ('cls_token', 'pos_embed')
+
+    def scale(name):
+        return layer_scale(name.removeprefix(encoder), len(model.get_submodule(f'{encoder}blocks')), layer_decay)
+
     groups = param_groups(model, weight_decay, no_decay, scale)
     if groups and layer_decay != 1 and all(g['lr_scale'] == 1 for g in groups):
         raise UsageError(f'layer_decay={layer_decay:g} matches no parameter that is trained: set it to 1')

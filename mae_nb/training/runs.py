@@ -147,12 +147,9 @@ class RunWriter(Callback):
         return self.model if ema is None else ema.average.module
 
     def after_fit(self):
-        import matplotlib.pyplot as plt
         whole = getattr(self.learn, 'whole_state', None)   # gathered from all processes, where each holds a part
         save_model(self.evaluated, self.out/'model.safetensors', self.learn.data_config, whole)
-        fig = plot_metrics(read_metrics(self.out))
-        save_figure(fig, self.out/'figures'/'curves.png', dpi=120)
-        plt.close(fig)
+        save_figure(plot_metrics(read_metrics(self.out)), self.out/'figures'/'curves.png', dpi=120)
         self.close()
 
     def close(self):

@@ -157,10 +157,10 @@ def _foreign_options(
 # %% ../../nbs/weights/05_building.ipynb #17186bff
 def model_options(
     source:str|Path|dict|Weights,  # a file of any layout, a folder, a key of `CHECKPOINTS`, or a state dict
-    **changes,                     # options that the file does not state, or that are to be others
+    **changes,                     # options that the file does not state, or that are to be others; None is ignored
 ) -> dict:                         # for `create_mae` with a decoder, for `create_classifier` with a head; else for both
     "The options that create the model which weights belong to."
-    weights = open_weights(source)
+    weights, changes = open_weights(source), {k: v for k, v in changes.items() if v is not None}
     try:
         if weights.own:
             _check_own(weights, changes)
@@ -200,8 +200,8 @@ def load_mae(
     options = model_options(weights, **changes)
     _check_mae(weights, options)
     model = create_mae(**options)
-    other_channels = 'in_chans' in changes   # then the layer that predicts is new, and model.not_loaded names it
-    report = load_weights(model, weights, strict=not other_channels, old_grid=old_grid)
+    same_channels = changes.get('in_chans') is None   # else the layer that predicts is new: model.not_loaded names it
+    report = load_weights(model, weights, strict=same_channels, old_grid=old_grid)
     if report.missing:
         warnings.warn(f'{weights.where}: {report}', stacklevel=2)
     return model.eval()
@@ -253,7 +253,7 @@ def _head_misfit(
     classes:list,      # of the new data, in the order of their numbers
 ) -> str:              # '' if the head fits
     "The reason why a head cannot be kept."
-    stated = [str(x) for x in (weights.data or {}).get('classes', ())]
+    stated = weights.classes
     pool = 'avg' if 'fc_norm.weight' in ours else 'cls'
     if len(ours['head.weight']) != len(classes):
         return f'it is of {len(ours["head.weight"])} classes, and the data has {len(classes)}'
@@ -293,7 +293,7 @@ def load_encoder(
     "The encoder of a run or of weights in any layout, in evaluation mode."
     weights = open_weights(where)
     decoder = dict(target='pixels', decoder_heads=1)   # an encoder is the same for every one
-    options = model_options(weights, **decoder | changes)
+    options = model_options(weights, **changes | decoder)
     config = {k: v for k, v in options.items() if k in ('name', *ENCODER_OPTIONS)}
     encoder = Encoder(**encoder_options(**config), config=config)
     report = load_weights(encoder, weights, old_grid=old_grid)

@@ -121,7 +121,7 @@ def _write_hf(
     folder, files = Path(folder), _hf_files(ours, **options)
     state = to_timm(ours)[0] if 'fc_norm.weight' in ours else to_hf(ours)
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f'{folder} is a file, and transformers wants a folder')
+        raise UsageError(f'{folder} is a file, and transformers wants a folder: name another, or remove it')
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder/'model.safetensors') as part:
         save_file({k: v.contiguous() for k, v in state.items()}, part, metadata={'format': 'pt'})
@@ -244,7 +244,7 @@ def convert(
     changes = {k: v for k, v in (changes | {'target': predicts}).items() if v is not None}
     stated = weights.options.get('target')
     if predicts and stated and stated != predicts:
-        raise UsageError(f'{weights.where} states that it predicts {stated}, not {predicts}')
+        raise UsageError(f'{weights.where} states that it predicts {stated}, not {predicts}: leave that out')
     if target.exists():
         raise UsageError(f'{target} exists already: name another or remove it')
     try:

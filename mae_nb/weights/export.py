@@ -105,9 +105,10 @@ def _check_images(
     "Raise where the labels of images are not those of the model."
     names, known = [str(x) for x in images.classes], [str(x) for x in (data or {}).get('classes') or ()]
     if images.labels is None:
-        raise UsageError(f'{images.name} has no labels, which a measurement needs')
+        raise UsageError(f'{images.name} has no labels, which a measurement needs: name labelled images')
     if images.in_chans != model.in_chans:
-        raise UsageError(f'{images.name} has {images.in_chans} channels and the model {model.in_chans}')
+        raise UsageError(f'{images.name} has {images.in_chans} channels and the model {model.in_chans}: '
+                         'measure on the data that it was trained for')
     if len(names) != model.head.out_features or (known and names != known):
         raise UsageError(f'{images.name} has {len(names)} classes ({", ".join(names[:3])}, ...), which are not the '
                          f'{model.head.out_features} of the model: measure on the data that it was trained for')
@@ -202,7 +203,7 @@ def _load_part(
     "Build a part of the model that weights hold."
     if part != 'encoder':
         return {'mae': load_mae, 'classifier': load_classifier}[part](weights, **changes), []
-    encoder, report = load_encoder(weights, **{k: v for k, v in changes.items() if k != 'target'})
+    encoder, report = load_encoder(weights, **changes)   # an encoder is the same for every target
     lines = [f'the weights have no {name}: the encoder ends in a norm with its initial values'
              for name in report.missing if name == 'norm.weight']
     return encoder, lines
@@ -247,7 +248,7 @@ def export(
     weights = open_weights(source)
     part = _held_part(weights) if part is None else pick(part, PARTS, 'part')
     _check_options(folder, format, part, quantize, data is not None)
-    model, lines = _load_part(weights, part, {k: v for k, v in changes.items() if v is not None})
+    model, lines = _load_part(weights, part, changes)
     images = None if data is None else _measured_images(data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

@@ -176,8 +176,7 @@ def from_lightly(
     state:dict,  # a state dict of lightly's MAE: an encoder of timm, and `MAEDecoderTIMM`
 ) -> dict:       # the same tensors under our names
     "Translate lightly's names into ours; its encoder's mask token has no use in a masked autoencoder."
-    names = {k: k.replace('backbone.vit.', 'encoder.').replace('decoder.decoder_', 'decoder.') for k in state}
-    return {names[k]: v for k, v in state.items()}
+    return {k.replace('backbone.vit.', 'encoder.').replace('decoder.decoder_', 'decoder.'): v for k, v in state.items()}
 
 # %% ../../nbs/weights/01_layouts.ipynb #bf853f22
 _TO_HF = [   # (pattern of our names, published name), tried in order

@@ -151,6 +151,11 @@ class Weights:
     own: bool = False   # a file of ours: `options` is all that is needed to build the model
     ignored: list = field(default_factory=list)  # fields and tensors beside them that were not used
 
+    @property
+    def classes(self) -> list[str]:
+        "The names of the classes that the model was trained on; none where the file does not state them."
+        return [str(name) for name in (self.data or {}).get('classes') or ()]
+
 def _stated_by_name(
     file:Path,  # a weights file
 ) -> Stated:
@@ -247,7 +252,7 @@ def _open_shards(
     for name in sorted({*shards.values()}):
         file = index.with_name(name)
         if not file.is_file():
-            raise MissingFile(f'{index} names the shard {name}, which is not in its folder')
+            raise MissingFile(f'{index} names the shard {name}, which is not in its folder: put it there')
         part = _read_safetensors(file)[0] if file.suffix == '.safetensors' else find_tensors(read_pickle(file), file)[0]
         state |= check_tensors(part, file)
     absent = [k for k in shards if k not in state]

@@ -3,11 +3,9 @@ import os
 import re
 import shlex
 import shutil
-import socket
-import subprocess
-import time
 
 import pytest
+from browsing import chromium, free_port, served
 from support import BIN, ROOT
 
 webdriver = pytest.importorskip('selenium.webdriver', reason='pip install selenium')
@@ -17,20 +15,11 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 NO_DRIVER = 'no Chromium with its driver (Debian: chromium, chromium-driver)'
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which('chromedriver'), reason=NO_DRIVER)]
-FLAGS = (
-    '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking',
-    '--no-first-run', '--window-size=1300,1800')
 
 
 def readme_line():
     "The command after the last && of the README's jupyter line."
     return shlex.split(re.search(r'&& (jupyter lab .*\.ipynb)', (ROOT/'README.md').read_text())[1])
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture
@@ -41,29 +30,15 @@ def lab(tmp_path):
     env = os.environ | dict(
         PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}',
         JUPYTERLAB_SETTINGS_DIR=str(tmp_path/'lab'), JUPYTER_DATA_DIR=str(tmp_path/'data'))
-    with open(log, 'w') as file:
-        server = subprocess.Popen([*readme_line(), *more], cwd=ROOT, env=env, stdout=file, stderr=file)
-    try:
-        for _ in range(120):
-            if 'is running at' in log.read_text() or server.poll() is not None:
-                break
-            time.sleep(.5)
-        assert server.poll() is None, log.read_text()
+    with served([*readme_line(), *more], log, lambda: 'is running at' in log.read_text(), env, ROOT):
         yield f'http://127.0.0.1:{port}/lab/tree/nbs/course/00_introduction.ipynb?token=book'
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 @pytest.fixture
 def browser(tmp_path):
     "Headless Chromium."
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f'--user-data-dir={tmp_path/"profile"}'):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path/'profile', webdriver) as driver:
+        yield driver
 
 
 def code_cell(browser, text):

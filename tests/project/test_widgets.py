@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from browsing import bring_into_view, chromium, jupyter_lab, run_all
 from support import ROOT
 
 CHAPTERS = [ROOT/'nbs'/name for name in (
@@ -56,7 +57,6 @@ return img ? [img.alt, img.src.length, img.src.slice(-2000), img.naturalWidth] :
 def page(tmp_path_factory):
     "The playground in Jupyter Lab, all cells run, in headless Chromium."
     webdriver = pytest.importorskip('selenium.webdriver', reason='pip install selenium')
-    from browsing import chromium, jupyter_lab, run_all
     folder = tmp_path_factory.mktemp('browser')
     shutil.copytree(ROOT/'nbs'/'course', folder/'course', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     with jupyter_lab(folder, 'course/playground.ipynb') as address, chromium(folder/'profile', webdriver) as driver:
@@ -86,7 +86,7 @@ def until_it_changes(page, number, before, words=''):
 def screenshot(page, name, number):
     if folder := os.environ.get('SCREENSHOTS'):
         image = page.find_elements('css selector', PICTURE)[number]
-        page.execute_script('arguments[0].scrollIntoView({block: "center"})', image)
+        bring_into_view(page, image)
         time.sleep(.5)
         page.save_screenshot(f'{folder}/{name}.png')
 
@@ -99,7 +99,8 @@ def panel(page, number):
 
 def press(page, element, *keys):
     "Give an element the focus and type, as somebody without a mouse does."
-    page.execute_script('arguments[0].scrollIntoView({block: "center"}); arguments[0].focus()', element)
+    bring_into_view(page, element)
+    page.execute_script('arguments[0].focus()', element)
     element.send_keys(*keys)
 
 
@@ -107,12 +108,12 @@ def choose(page, number, menu, option):
     "Choose from one of a picture's lists."
     from selenium.webdriver.support.ui import Select
     element = panel(page, number).find_elements('css selector', 'select')[menu]
-    page.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
+    bring_into_view(page, element)
     Select(element).select_by_visible_text(option)
 
 
 def click(page, element):
-    page.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
+    bring_into_view(page, element)
     element.click()
 
 
