@@ -73,12 +73,9 @@ def finetune_groups(
     encoder:str='',           # how the names of the encoder's parameters begin, such as 'encoder.'
 ) -> list[dict]:
     "Groups for fine-tuning: layer-wise decay; no weight decay for 1-D parameters, class token and positions."
-    def no_decay(name, parameter):
-        return parameter.ndim <= 1 or name.removeprefix(encoder) in ('cls_token', 'pos_embed')
-
-    def scale(name):
-        return layer_scale(name.removeprefix(encoder), len(model.get_submodule(f'{encoder}blocks')), layer_decay)
-
+    depth = len(model.get_submodule(f'{encoder}blocks'))
+    no_decay = lambda name, p: p.ndim <= 1 or name.removeprefix(encoder) in ('cls_token', 'pos_embed')
+    scale = lambda name: layer_scale(name.removeprefix(encoder), depth, layer_decay)
     groups = param_groups(model, weight_decay, no_decay, scale)
     if groups and layer_decay != 1 and all(g['lr_scale'] == 1 for g in groups):
         raise UsageError(f'layer_decay={layer_decay:g} matches no parameter that is trained: set it to 1')
@@ -327,11 +324,10 @@ def skippable(
     opt.found_inf = torch.zeros(())
 
     def keep(opt, *_):
-        if not hasattr(opt, 'found_inf'):   # a subclass's step has called its parent's, which runs this hook again
-            return
-        opt.before, opt.is_new = {k: v.detach().clone() for k, v in _moved(opt)}, not any(opt.state.values())
-        opt.skips = opt.found_inf
-        del opt.found_inf   # torch's optimizers that are not fused refuse to step while it is there
+        if hasattr(opt, 'found_inf'):   # a subclass's step may call its parent's, which runs this hook again
+            opt.before, opt.is_new = {k: v.detach().clone() for k, v in _moved(opt)}, not any(opt.state.values())
+            opt.skips = opt.found_inf
+            del opt.found_inf   # torch's optimizers that are not fused refuse to step while it is there
 
     @torch.no_grad()
     def restore(opt, *_):
