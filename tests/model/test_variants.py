@@ -132,7 +132,7 @@ def test_every_option_is_a_flag_of_the_command(forked, tmp_path, photos, options
     for name, value in options.items():
         assert str(config[name]).lstrip('0') == value
     Image.new('RGB', (40, 40), 'red').save(tmp_path/'a.png')
-    shown = forked('mae-show', 'run', 'a.png', '--out', 'shown.png')
+    shown = forked('mae-show', 'run', 'a.png', '--out', 'shown.png', pictures=True)
     assert shown.code == 0, shown.err
     assert (tmp_path/'shown.png').stat().st_size > 1000
 
