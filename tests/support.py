@@ -15,8 +15,9 @@ BIN = Path(sys.executable).parent
 # what commands import, some of it when they run: an optimizer imports torch._dynamo, RandAugment all of timm;
 # mae_nb first: it hides a warning of fastai's import
 LIBRARIES = ('mae_nb', 'matplotlib.pyplot', 'torch._dynamo', 'torch.distributed.checkpoint.state_dict',
-             'torch.utils.flop_counter', 'torch.utils.tensorboard', 'torchvision.transforms.v2', 'timm.data', 'timm.optim',
-             'scipy.stats', 'sklearn.cluster', 'sklearn.decomposition', 'mae_nb.data.check', 'mae_nb.data.packing',
+             'torch.utils.flop_counter', 'torch.utils.tensorboard', 'torchvision.transforms.v2', 'timm.data',
+             'timm.optim', 'scipy.stats', 'sklearn.cluster', 'sklearn.decomposition', 'mae_nb.data.check',
+             'mae_nb.data.packing',
              'mae_nb.measure.bench', 'mae_nb.measure.plan', 'mae_nb.tasks.demo', 'mae_nb.tasks.embed',
              'mae_nb.tasks.evaluate', 'mae_nb.tasks.neighbours', 'mae_nb.tasks.pixels', 'mae_nb.tasks.probes',
              'mae_nb.tasks.replay', 'mae_nb.tasks.segment', 'mae_nb.tasks.study', 'mae_nb.weights.export')

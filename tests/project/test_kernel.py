@@ -6,18 +6,18 @@ runs all chapters, test_exercises two in a kernel): `pytest -m slow tests/projec
 one core."""
 import shutil
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from support import ROOT
 
 # What a tutorial's cells say, each once, and what the check runs instead.
 SHORTER = {
     'tutorials/01_pretrain_and_probe.ipynb': {
         'train, test = load_source(data)':
-            'train, test = (images.shots(k, seed) for images, k in zip(load_source(data), (200, 100)))',
+            'train, test = (images.shots(k, seed) for images, k in zip(load_source(data), (200, 40)))',
         'draws={10: 3, 50: 3}': 'draws={10: 1, 50: 1}',
-        'dict(epochs=5, warmup_epochs=.5)': 'dict(epochs=2, warmup_epochs=.5)'},
+        'train.shots(100, seed), test, encoders': 'train.shots(50, seed), test, encoders',
+        'few = train.shots(50, seed)': 'few = train.shots(20, seed)',
+        'dict(epochs=5, warmup_epochs=.5)': 'dict(epochs=3, warmup_epochs=.5)'},
     'tutorials/02_finetune_and_probe.ipynb': {
         'train.shots(50, seed), test.shots(100, seed)': 'train.shots(20, seed), test.shots(20, seed)',
         'dict(epochs=6, warmup_epochs=1)': 'dict(epochs=1, warmup_epochs=.2)'},
@@ -34,9 +34,13 @@ def shorten(nb, changes):
         cell.source = cell.source.replace(words, others)
 
 
-def run_in_a_kernel(nb, home, folder):
+def run_in_a_kernel(notebook, folder, changes):
     "An error in a cell fails the test."
-    for file in home.glob('*.[jc]s*'):   # the JSON and CSV files that notebooks read
+    import nbformat  # slow to import, as in test_exercises
+    from nbclient import NotebookClient
+    nb = nbformat.read(ROOT/notebook, 4)
+    shorten(nb, changes)
+    for file in (ROOT/notebook).parent.glob('*.[jc]s*'):   # the JSON and CSV files that notebooks read
         shutil.copy(file, folder)
     resources = dict(metadata=dict(path=str(folder)))
     NotebookClient(nb, timeout=1200, kernel_name='python3', resources=resources).execute()
@@ -46,12 +50,10 @@ def run_in_a_kernel(nb, home, folder):
 
 @pytest.mark.parametrize('notebook', SHORT)
 def test_each_cell_of_a_tutorial_in_a_kernel(notebook, tmp_path):
-    nb = nbformat.read(ROOT/notebook, 4)
-    shorten(nb, SHORTER.get(notebook, {}))
-    run_in_a_kernel(nb, (ROOT/notebook).parent, tmp_path)
+    run_in_a_kernel(notebook, tmp_path, SHORTER.get(notebook, {}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('notebook', WHOLE)
 def test_a_notebook_as_it_stands_in_a_kernel(notebook, tmp_path):
-    run_in_a_kernel(nbformat.read(ROOT/notebook, 4), (ROOT/notebook).parent, tmp_path)
+    run_in_a_kernel(notebook, tmp_path, {})
