@@ -14,7 +14,6 @@ from support import in_fork
 from mae_nb.base.processes import process_group
 from mae_nb.training.runs import read_metrics
 
-
 SLOW = 'torch.distributed.device_mesh', 'torch.distributed.fsdp', 'torch.distributed.tensor'   # every fork needs them
 
 
