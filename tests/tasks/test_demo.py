@@ -41,7 +41,7 @@ def test_an_interrupted_demo_resumes_and_gives_the_same_table(small, whole, tmp_
         with pytest.raises(KeyboardInterrupt):
             demo('fashion', seed=1, out=tmp_path/'part')
     capsys.readouterr()
-    resumed = demo('fashion', resume=tmp_path/'part')
+    resumed = demo('fashion', seed=1, resume=tmp_path/'part')
     assert 'resumes at epoch' in capsys.readouterr().out
     assert (whole['resumed'], resumed['resumed']) == (False, True)
     assert resumed['table'] == whole['table']
