@@ -12,6 +12,8 @@ from PIL import Image  # noqa: E402
 from support import BIN, ROOT, Said, begin_command  # noqa: E402
 
 torch.set_num_threads(1)
+# autograd's engine begins without a device's threads; begun after torch.compile it has some, and no fork can train
+torch.ones(1, requires_grad=True).backward()
 
 
 # Tests of a file run in one worker (`--dist loadfile`): the longest first, as one that begins last leaves a core idle.
