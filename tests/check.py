@@ -104,7 +104,8 @@ if __name__ == '__main__':
     check_made_from_notebooks()
     run('ruff', 'check')
     run('nbdev-test', 'nbs', '--n-workers', WORKERS, '--cell-timeout', '300')
-    run('pytest', '-n', WORKERS, '--dist', 'worksteal', '--durations', '10')
+    # a file stays with one worker, which makes what its tests share once; tests/conftest.py puts the longest first
+    run('pytest', '-n', WORKERS, '--dist', 'loadfile', '--no-loadscope-reorder', '--durations', '10')
     if FAILED:
         fail('; '.join(FAILED))
     print('all checks passed')

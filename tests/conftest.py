@@ -12,11 +12,19 @@ from PIL import Image  # noqa: E402
 from support import BIN, ROOT, Said, begin_command  # noqa: E402
 
 torch.set_num_threads(1)
+# autograd's engine begins without a device's threads; begun after torch.compile it has some, and no fork can train
+torch.ones(1, requires_grad=True).backward()
+
+
+# Tests of a file run in one worker (`--dist loadfile`): the longest first, as one that begins last leaves a core idle.
+LONGEST = ('kernel', 'first_hour', 'distributed', 'torchrun', 'package', 'site', 'decode', 'decode_commands', 'study',
+           'resume', 'resume_commands', 'familiar', 'exported_files', 'variants', 'export', 'commands', 'channels',
+           'signals', 'rivals', 'hub', 'demo', 'exercises', 'speed', 'parity', 'training', 'saves', 'snapshots')
 
 
 def pytest_collection_modifyitems(items):
-    "Tutorials first: a long test that begins last leaves all cores but one idle."
-    items.sort(key=lambda item: item.path.name != 'test_kernel.py')
+    order = {f'test_{name}.py': i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture

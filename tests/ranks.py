@@ -4,6 +4,7 @@ import signal
 import socket
 import sys
 import time
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from support import in_fork
 from mae_nb.base.processes import process_group
 from mae_nb.training.runs import read_metrics
 
+SLOW = 'torch.distributed.device_mesh', 'torch.distributed.fsdp', 'torch.distributed.tensor'   # every fork needs them
+
 
 def free_port():
     with socket.socket() as s:
@@ -21,6 +24,8 @@ def free_port():
 
 def spread(n, func, folder, seconds=100):
     "Run `func` in `n` processes that train together: the result, the output and the exit code of each."
+    for name in SLOW:
+        import_module(name)
     folder.mkdir(exist_ok=True, parents=True)
     address = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
     sys.stdout.flush()

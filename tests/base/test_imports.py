@@ -2,19 +2,17 @@
 import subprocess
 import sys
 
-import pytest
-
 HEAVY = 'torch', 'numpy', 'fastai', 'timm', 'torchvision', 'matplotlib', 'PIL'
 
-def imported(module):
-    "The heavy packages that a new Python has loaded after importing a module."
-    code = f'import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))'
+def imported(*modules):
+    "The heavy packages that a new Python has loaded after importing modules of base."
+    names = ', '.join(f'mae_nb.base.{module}' for module in modules)
+    code = f'import sys, {names}; print(*(name for name in {HEAVY} if name in sys.modules))'
     return subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()
 
-@pytest.mark.parametrize('name', ['errors', 'names', 'files', 'settings'])
-def test_the_base_of_every_command_is_light(name):
-    assert imported(f'mae_nb.base.{name}') == []
+def test_the_base_of_every_command_is_light():
+    assert imported('errors', 'names', 'files', 'settings') == []
 
-@pytest.mark.parametrize('name', ['keyed', 'processes', 'devices'])
-def test_the_rest_of_the_base_needs_torch_alone(name):
-    assert set(imported(f'mae_nb.base.{name}')) <= {'torch', 'numpy'}   # torch imports numpy where it is installed
+def test_the_rest_of_the_base_needs_torch_alone():
+    used = imported('keyed', 'processes', 'devices')   # torch imports numpy where it is installed
+    assert set(used) <= {'torch', 'numpy'}

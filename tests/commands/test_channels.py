@@ -102,7 +102,7 @@ def test_thirteen_bands_of_sixteen_bits_from_statistics_to_an_export(forked, tmp
     got = forked('mae-check', 'scenes', '--stats', '--num-workers', '0')
     assert got.code == 0 and 'statistics of 12 images, 17,280 pixels of 13 channels, 16 bits' in got.out, got
     quick = *QUICK[:2], '--bs', '6', *QUICK[4:]
-    got = forked('mae-pretrain', 'scenes', *NANO, *quick, '--bands', '3,2,1', '--out', 'run')
+    got = forked('mae-pretrain', 'scenes', *NANO, *quick, '--bands', '3,2,1', '--out', 'run', pictures=True)
     assert got.code == 0 and (tmp_path/'run'/'figures'/'reconstructions.png').stat().st_size > 5000, got
     config, stats = config_of(tmp_path/'run'), json.loads((tmp_path/'scenes'/'mae_stats.json').read_text())
     assert (config['mean'], config['std'], config['bits']) == (stats['mean'], stats['std'], 16)   # to the last digit

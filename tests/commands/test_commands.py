@@ -74,14 +74,14 @@ def test_too_many_bad_files_stop_the_run(forked, photos):
     assert got.code == 1 and 'more than 1%' in got.line and 'what was done so far is in run' in got.line
 
 def test_a_run_folder_is_whole_and_can_be_shown_and_fine_tuned(forked, tmp_path, photos):
-    got = forked('mae-pretrain', 'photos', *QUICK, '--out', 'run')
+    got = forked('mae-pretrain', 'photos', *QUICK, '--out', 'run', pictures=True)
     assert got.code == 0, got.err
     for part in PARTS:
         assert (tmp_path/'run'/part).stat().st_size > 0, part
     assert list((tmp_path/'run').glob('events.out.tfevents.*'))
     for name, mode in (('grey', 'L'), ('clear', 'RGBA')):
         Image.new(mode, (50, 90)).save(tmp_path/f'{name}.png')
-    got = forked('mae-show', 'run', 'grey.png', 'clear.png', '--out', 'shown.png')
+    got = forked('mae-show', 'run', 'grey.png', 'clear.png', '--out', 'shown.png', pictures=True)
     assert got.code == 0 and Image.open(tmp_path/'shown.png').size[0] > 100, got.err
     brief = '--max-steps', '2', '--bs', '20', '--num-workers', '0'
     got = forked('mae-finetune', 'photos', 'run', *brief, '--out', 'tuned')

@@ -81,7 +81,8 @@ CASES = [('RGB', 400), ('RGB', 1203), ('RGB', 2401), ('L', 400), ('L', 1203), ('
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('mode, side', CASES)
 def test_made_photographs(device, mode, side):
-    raws = [made_photograph(mode, turn, side) for turn in (1, 3, 6, 8)]
+    turns = (1, 6) if side > 2000 else (1, 3, 6, 8)
+    raws = [made_photograph(mode, turn, side) for turn in turns]
     means = differences(raws, device, recipe=recipe_of(batch_size=2))
     print(f'{mode} {side}: {means.mean():.3f} grey levels, worst {means.max():.2f}')
     assert means.max() < 2 * LOOSE[device]

@@ -50,8 +50,10 @@ MAES = {mask: dict(mask=mask) for mask in MASKS} | dict(
 MODELS = dict(encoder=lambda: make_mae().encoder, avg=make_classifier, cls=lambda: make_classifier('cls'))
 MODELS |= {name: lambda options=options: Plain(make_mae(**options)) for name, options in MAES.items()}
 EVERY = pytest.mark.parametrize('name', MODELS)
-SOME = pytest.mark.parametrize('name', [   # the slow ways out: one of each kind; the others with -m slow
-    name if name in ('avg', 'random', 'block') else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
+def some(*names):
+    "Of a slow way out these models; the others with `pytest -m slow tests/model/test_export.py`."
+    return pytest.mark.parametrize('name', [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 
 def arguments(model, batch):
     "What a model takes, of some batch."
@@ -90,7 +92,7 @@ def test_an_exported_model_draws_its_own_masks():
     assert not torch.equal(*masks)
     assert all((m.sum(dim=1) == 37).all() for m in masks)
 
-@SOME
+@some('avg', 'random', 'block')
 @pytest.mark.filterwarnings('ignore:# The axis name')   # both inputs share the batch, as they should
 def test_onnx_for_any_batch(name, tmp_path):
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
@@ -118,9 +120,9 @@ def test_trace_for_any_batch(name):
     model = MODELS[name]()
     check_batches(torch.jit.trace(model, arguments(model, 3)), model)
 
-@SOME
+@some('avg')
 def test_compile(name):
-    "Without a graph break; eager kernels, for time."
+    "Without a graph break; eager kernels, for time. Masked autoencoders: test_variants, with gradients."
     model = MODELS[name]()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend='eager')

@@ -79,7 +79,7 @@ def grads_of(model):
 @pytest.mark.parametrize('options', [dict(mask=mask) for mask in MASKS] + PARTS[1:4], ids=values)
 def test_traces_without_a_graph_break(options):
     "fullgraph=True raises at the first break; the traced model gives the same loss and gradients."
-    model = make(**SMALL, **options).train()
+    model = make(**SMALL | dict(depth=1, decoder_depth=1), **options).train()
     imgs, noise = torch.randn(2, 3, 28, 28), torch.rand(2, 49)
     eager = model(imgs, noise=noise)
     eager.loss.backward()
@@ -132,7 +132,7 @@ def test_every_option_is_a_flag_of_the_command(forked, tmp_path, photos, options
     for name, value in options.items():
         assert str(config[name]).lstrip('0') == value
     Image.new('RGB', (40, 40), 'red').save(tmp_path/'a.png')
-    shown = forked('mae-show', 'run', 'a.png', '--out', 'shown.png')
+    shown = forked('mae-show', 'run', 'a.png', '--out', 'shown.png', pictures=True)
     assert shown.code == 0, shown.err
     assert (tmp_path/'shown.png').stat().st_size > 1000
 

@@ -7,9 +7,7 @@ import json
 import re
 import textwrap
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from reading import COURSE, INDEX, LONGEST, NBS, counts, course, exact_minutes, map_rows, parts
 from support import ROOT
 
@@ -24,6 +22,12 @@ KERNEL = pytest.mark.parametrize('page', [page if page in SAMPLE else pytest.par
 
 def cells(file):
     return json.loads(file.read_text())['cells']
+
+
+def notebook(file):
+    "As Jupyter reads it."
+    import nbformat  # slow to import: its schema's checker of addresses builds a parser
+    return nbformat.read(file, 4)
 
 
 @pytest.fixture(scope='module')
@@ -142,10 +146,11 @@ def test_a_check_that_needs_no_solution_is_found():
 @pytest.mark.parametrize('version', ('student', 'teacher'))
 def test_versions_are_notebooks_with_nbgrader_s_metadata(version, versions):
     "The rules of its schema 3: unique ids, points where something is graded, graded text is a solution."
+    import nbformat
     for page in PAGES:
-        notebook = nbformat.read(versions/version/page, 4)
-        nbformat.validate(notebook)
-        marks = [cell.metadata.nbgrader for cell in notebook.cells if 'nbgrader' in cell.metadata]
+        made = notebook(versions/version/page)
+        nbformat.validate(made)
+        marks = [cell.metadata.nbgrader for cell in made.cells if 'nbgrader' in cell.metadata]
         assert len({mark.grade_id for mark in marks}) == len(marks) > 0
         for mark in marks:
             assert {*mark} - {'points'} == {'schema_version', 'cell_type', 'grade_id', 'grade', 'solution', 'locked',
@@ -180,7 +185,7 @@ def test_nbgrader_makes_our_student_version_of_the_teacher_version(versions):
     formats = pytest.importorskip('nbgrader.nbgraderformat')
     clear = pytest.importorskip('nbgrader.preprocessors').ClearSolutions()
     for page in PAGES:
-        student, teacher = (nbformat.read(versions/version/page, 4) for version in ('student', 'teacher'))
+        student, teacher = (notebook(versions/version/page) for version in ('student', 'teacher'))
         formats.MetadataValidator().validate_nb(teacher)
         released, _ = clear.preprocess(teacher, {})
         assert [cell.source for cell in released.cells] == [cell.source for cell in student.cells], page
@@ -190,7 +195,8 @@ def test_nbgrader_makes_our_student_version_of_the_teacher_version(versions):
 
 def run_both(page, versions):
     "(student's checks that fail, all checks, teacher's cells of exercises that fail), in one kernel."
-    student, teacher = (nbformat.read(versions/version/page, 4) for version in ('student', 'teacher'))
+    from nbclient import NotebookClient
+    student, teacher = (notebook(versions/version/page) for version in ('student', 'teacher'))
     for cell in student.cells:
         if cell.cell_type == 'code' and re.search(r'^#\| ?(slow|gpu|notest|eval: false)', cell.source, re.M):
             cell.source = ''

@@ -24,11 +24,11 @@ def built(tmp_path_factory):
 
 def install(package, where):
     "A fresh environment with this one's heavy dependencies, but not its mae_nb; its folder of commands."
-    venv.create(where, with_pip=True)
+    venv.create(where)   # this one's pip installs into it
     site = next(where.glob('lib/python*/site-packages'))
     (site/'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
-    words = [where/'bin'/'python', '-m', 'pip', 'install', '-q', '--no-deps', '--force-reinstall', package]
-    subprocess.run(words, check=True, capture_output=True, env=CLEAN)
+    words = [sys.executable, '-m', 'pip', '--python', where/'bin'/'python', 'install', '-q', '--no-deps', package]
+    subprocess.run([*words, '--force-reinstall'], check=True, capture_output=True, env=CLEAN)
     return where/'bin'
 
 

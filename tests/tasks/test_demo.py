@@ -10,36 +10,48 @@ from mae_nb.training.presets import RECIPES
 from mae_nb.training.recipes import override
 
 
-@pytest.fixture
-def small(monkeypatch):
+def shorten(patch):
+    "Two hundred images, and two epochs of everything."
     train, test = (images.shots(k) for images, k in zip(load_source('fashion'), (20, 10)))
-    monkeypatch.setitem(SOURCES, 'fashion', lambda: (train, test))
-    monkeypatch.setitem(DEMOS, 'fashion', DemoPlan(Readout((-1,), 2), {5: 2, 20: 1}, (5,), (1., .01)))
+    patch.setitem(SOURCES, 'fashion', lambda: (train, test))
+    patch.setitem(DEMOS, 'fashion', DemoPlan(Readout((-1,), 2), {5: 2, 20: 1}, (5,), (1., .01)))
     for name in ('demo_fashion', 'scratch_fashion', 'finetune_fashion'):
         short = override(RECIPES[name], dict(epochs=2, warmup_epochs=.1, batch_size=25))
-        monkeypatch.setitem(RECIPES, name, short)
+        patch.setitem(RECIPES, name, short)
 
 
-def test_an_interrupted_demo_resumes_and_gives_the_same_table(small, tmp_path, monkeypatch, capsys):
-    whole = demo('fashion', out=tmp_path/'whole')
+@pytest.fixture
+def small(monkeypatch):
+    shorten(monkeypatch)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A demo that nobody disturbs."
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return demo('fashion', seed=1, out=tmp_path_factory.mktemp('demo')/'whole')
+
+
+def test_an_interrupted_demo_resumes_and_gives_the_same_table(small, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt
         patch.setattr(room, '_train_part', interrupt)
         with pytest.raises(KeyboardInterrupt):
-            demo('fashion', out=tmp_path/'part')
+            demo('fashion', seed=1, out=tmp_path/'part')
     capsys.readouterr()
-    resumed = demo('fashion', resume=tmp_path/'part')
+    resumed = demo('fashion', seed=1, resume=tmp_path/'part')
     assert 'resumes at epoch' in capsys.readouterr().out
     assert (whole['resumed'], resumed['resumed']) == (False, True)
     assert resumed['table'] == whole['table']
 
 
-def test_several_seeds_make_one_table(small, tmp_path):
-    both = demo('fashion', seed=1, seeds=2, out=tmp_path/'both')
-    second = demo('fashion', seed=2, out=tmp_path/'second')
-    assert {entry['seed'] for entry in both['table']} == {1, 2}
-    assert [entry for entry in both['table'] if entry['seed'] == 2] == second['table']
+def test_several_seeds_make_one_table(small, whole, tmp_path):
+    "The second of two seeds has the numbers that it has alone."
+    both = demo('fashion', seed=0, seeds=2, out=tmp_path/'both')
+    assert {entry['seed'] for entry in both['table']} == {0, 1}
+    assert [entry for entry in both['table'] if entry['seed'] == 1] == whole['table']
 
 
 def test_every_row_of_a_probe_reads_the_same_images_with_the_same_choice_of_penalties(small, monkeypatch):

@@ -1,4 +1,7 @@
-"""Several processes train the model that one would have trained, and end together whatever happens."""
+"""Several processes train the model that one would have trained, and end together whatever happens.
+
+Two of them here, and four in a run that goes on with others; every task with four, and compiled models:
+`pytest -m slow tests/training/test_distributed.py`."""
 import os
 import signal
 import sys
@@ -119,8 +122,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize('n, parallel', [
     *[(2, parallel) for parallel in PARALLEL],
-    (4, 'fsdp'),
-    pytest.param(4, 'ddp', marks=pytest.mark.slow),
+    *[pytest.param(4, parallel, marks=pytest.mark.slow) for parallel in PARALLEL],
 ])
 def test_many_processes_train_what_one_does(alone, tmp_path, n, parallel):
     "Float64, 20 steps of two batches, to 1e-9: weights and, on 51 samples, metrics; gradients travel once a step."

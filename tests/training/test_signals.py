@@ -5,9 +5,10 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import cache
 
 import pytest
-from support import BIN
+from support import BIN, begin_command
 from tiny_runs import WORDS  # noqa: F401
 
 TINY = ('--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'warmup_epochs=0', '--bs', '10',
@@ -15,21 +16,25 @@ TINY = ('--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'war
 
 @pytest.fixture
 def started(photos, tmp_path):
-    "A pretraining with two workers, in a process group of its own; killed at the end."
-    log = tmp_path/'log'
-    with open(log, 'w') as f:
-        command = [BIN/'mae-pretrain', 'photos', *TINY, '--num-workers', '2', '--out', 'run']
-        run = subprocess.Popen(command, cwd=tmp_path, stdout=f, stderr=f, start_new_session=True)
-    end, metrics = time.time() + 300, tmp_path/'run'/'metrics.csv'
+    """A pretraining with two workers, in a fork with a process group of its own: its number, and what waits for its
+    result; killed at the end."""
+    words = 'photos', *TINY, '--num-workers', '2', '--out', 'run'
+    pid, result = begin_command(tmp_path, 'mae-pretrain', *words, before=begin_group)
+    metrics, result = tmp_path/'run'/'metrics.csv', cache(result)
     try:
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-            assert run.poll() is None and time.time() < end, log.read_text()
+            assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, result()
             time.sleep(.05)
-        yield run, log
+        yield pid, result
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+            os.killpg(pid, signal.SIGKILL)
+        result()
+
+def begin_group():
+    "In the fork: as a shell starts a job; with a deadline for all of it."
+    os.setsid()
+    signal.alarm(300)
 
 def workers_of(pid):
     listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True)
@@ -41,22 +46,24 @@ def steps(folder): return sorted(int(f.name.split('-')[1]) for f in (folder/'che
     (signal.SIGTERM, 143),
     pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),   # as in tests/commands/test_commands.py
 ])
-def test_a_signal_to_the_process_group_saves_the_step(started, tmp_path, signum, code):
-    run, log = started
-    os.killpg(run.pid, signum)
-    assert run.wait(30) == code, log.read_text()
-    text = log.read_text()
+def test_a_signal_to_the_process_group_saves_the_step(started, signum, code):
+    pid, result = started
+    os.killpg(pid, signum)
+    got = result()
+    text = got.out + got.err
+    assert got.code == code, got
     assert 'finishing the step and saving' in text and 'Traceback' not in text and 'killed by signal' not in text, text
     assert 'resume it with --resume run' in text
 
-def test_a_stopped_worker_is_named_and_not_waited_for(started, tmp_path):
-    run, log = started
-    worker = workers_of(run.pid)[0]
+def test_a_stopped_worker_is_named_and_not_waited_for(started):
+    pid, result = started
+    worker = workers_of(pid)[0]
     os.kill(worker, signal.SIGSTOP)
     time.sleep(1)
-    os.kill(run.pid, signal.SIGTERM)
-    assert run.wait(120) == 143, log.read_text()   # 10 seconds on a machine that has nothing else to do
-    text = log.read_text()
+    os.kill(pid, signal.SIGTERM)
+    got = result()   # after 10 seconds on a machine that has nothing else to do
+    text = got.out + got.err
+    assert got.code == 143, got
     named = rf"ends without this step, which waits for the loader's worker \d \(process {worker}, stopped"
     assert re.search(named, text), text
     assert 'Traceback' not in text

@@ -1,13 +1,19 @@
-"""Training commands in several processes: under torchrun, from a notebook, and through Slurm's queue."""
+"""Training commands in several processes: under torchrun, from a notebook, and through Slurm's queue.
+
+Fast are a pretraining in two forks with torchrun's variables, and one under torchrun that is killed (a whole one:
+tutorial 03 in test_kernel). Whatever trains under torchrun: `pytest -m slow tests/training/test_torchrun.py`."""
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from ranks import assert_same_metrics, free_port
+from fastcore.script import _run_cli
+from ranks import assert_same_metrics, free_port, results, spread
 from support import BIN, Said
 
+from mae_nb import commands
 from mae_nb.training.distributed import PARALLEL, submit
 
 QUICK = '--set', 'amp=False', '--set', 'warmup_epochs=1', '--num-workers', '0', '--epochs', '2', '--bs', '20'
@@ -27,16 +33,34 @@ def assert_once(text, *words): assert [text.count(w) for w in words] == [1] * le
 
 def rows(run): return (run/'metrics.csv').read_text().splitlines() if (run/'metrics.csv').exists() else []
 
-@pytest.mark.parametrize('parallel', ['ddp', pytest.param('fsdp', marks=slow)])
-def test_pretraining_under_torchrun(torchrun, forked, photos, tmp_path, parallel):
-    got = torchrun('mae-pretrain', 'photos', *NANO, '--parallel', parallel)
-    assert got.code == 0 and 'Warning' not in got.err, got.err
+BEGUN = 'pretraining mae_vit_nano', 'train_loss', '(10 a batch x 2 processes x 1 accumulated)'
+
+def check_pretraining(out, err, forked, tmp_path):
+    "The first process reports; one run folder, with the metrics of one process."
+    assert 'Warning' not in err, err
+    assert_once(out, *BEGUN, 'peak memory')
     assert [f.name for f in (tmp_path/'runs').iterdir()] == ['pretrain-1']
-    batch = '(10 a batch x 2 processes x 1 accumulated)'
-    assert_once(got.out, 'pretraining mae_vit_nano', 'train_loss', batch, 'peak memory')
     assert len(rows(tmp_path/'runs'/'pretrain-1')) == 3
     assert forked('mae-pretrain', 'photos', *NANO, '--out', 'one').code == 0
     assert_same_metrics(tmp_path/'runs'/'pretrain-1', tmp_path/'one')
+
+def test_pretraining_in_two_processes(forked, photos, tmp_path, monkeypatch):
+    "As torchrun starts them, but in forks."
+    monkeypatch.chdir(tmp_path)
+    def command():
+        sys.argv = ['mae-pretrain', 'photos', *NANO]
+        _run_cli(commands.mae_pretrain.__wrapped__, False)
+    runs = spread(2, command, tmp_path/'say')
+    results(runs)
+    output = ''.join(r.output for r in runs)
+    check_pretraining(output, output, forked, tmp_path)
+
+@slow
+@pytest.mark.parametrize('parallel', PARALLEL)
+def test_pretraining_under_torchrun(torchrun, forked, photos, tmp_path, parallel):
+    got = torchrun('mae-pretrain', 'photos', *NANO, '--parallel', parallel)
+    assert got.code == 0, got.err
+    check_pretraining(got.out, got.err, forked, tmp_path)
 
 FILES = {'classes.csv', 'metrics.csv', 'model.safetensors', 'config.json'}
 
@@ -105,6 +129,7 @@ def kill_one(photos, tmp_path):
 def test_a_killed_process_ends_torchrun(kill_one):
     code, output, seconds = kill_one(1000)
     assert code == 1 and 'Signal 9 (SIGKILL)' in output and seconds < 30, output
+    assert_once(output, *BEGUN)
 
 @slow
 def test_torchrun_starts_a_run_again(kill_one, tmp_path):
