@@ -14,7 +14,7 @@ repeated   reached - saved: what the kill cost
 equal      whether the finished run equals the undisturbed one
 
 The exit code is 1 if any run differs or began at another place. bench/results/kills.json has the numbers of
-`python tests/training/kills.py --kills 150 --json bench/results/kills.json`.
+`python tests/training/kills.py --kills 150 --json bench/results/kills.json`, kills_seed1.json those with `--seed 1`.
 """
 import argparse
 import json
