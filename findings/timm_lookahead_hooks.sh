@@ -2,7 +2,7 @@
 # timm 1.0.31 with torch 2.14.1: timm.optim.Lookahead is an optimizer of torch, accepts step hooks, and calls none of
 # them; those of the optimizer inside it run. Its `state` stays empty, while its state_dict() has the averages. A loop
 # that counts steps in a hook, skips steps by one, or reads `optimizer.state` for a checkpoint sees nothing of it.
-# Seen below: 0 calls of the outer hook and 6 of the inner one, 0 entries in `state`, lookahead_slow_buff in state_dict().
+# Seen below: 0 calls of the outer hook, 6 of the inner one; no entry in `state`, lookahead_slow_buff in state_dict().
 # The installation takes some gigabytes.
 set -euo pipefail
 place=$(mktemp -d)
