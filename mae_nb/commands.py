@@ -22,7 +22,7 @@ def mae_pretrain(
     recipe:str=None,       # a recipe's name; by default the data set's own, for a folder the paper's
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
     epochs:int=None,       # passes over the data; by default the recipe's
-    max_steps:int=None,    # train so many steps, in place of --epochs
+    max_steps:int=None,    # train so many steps instead of epochs
     bs:int=None,           # images in an optimizer step; by default the recipe's
     seed:int=0,            # of weights, order, crops and masks
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
@@ -65,7 +65,7 @@ def mae_finetune(
     recipe:str=None,       # a recipe's name; by default the data set's own, for a folder the paper's
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
     epochs:int=None,       # passes over the data; by default the recipe's
-    max_steps:int=None,    # train so many steps, in place of --epochs
+    max_steps:int=None,    # train so many steps instead of epochs
     bs:int=None,           # images in an optimizer step; by default the recipe's
     seed:int=0,            # of new weights, order, crops, drop path and mixup
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory
@@ -108,7 +108,7 @@ def mae_probe(
     fast:bool=False,       # linear: features computed once and logistic regression, not the paper's protocol
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
     epochs:int=None,       # passes over the data; by default the recipe's
-    max_steps:int=None,    # train so many steps, in place of --epochs
+    max_steps:int=None,    # train so many steps instead of epochs
     bs:int=None,           # images in an optimizer step; by default the recipe's
     seed:int=0,            # of new weights, order, crops and mixup
     num_workers:int=None,  # processes that read images; by default one a core for files, none for data in memory

@@ -101,7 +101,7 @@ def mae_segment(
     recipe:str=None,       # a recipe's name; by default segment, for ADE20K
     set:Repeatable=None,   # field=value: change a field of the recipe; repeatable
     epochs:int=None,       # passes over the data; by default the recipe's
-    max_steps:int=None,    # train so many steps, in place of --epochs
+    max_steps:int=None,    # train so many steps instead of epochs
     bs:int=None,           # images in an optimizer step, by default the recipe's; else windows at a time, by default 16
     seed:int=0,            # of new weights, order, crops and drop path
     num_workers:int=None,  # processes that read images; by default one a core

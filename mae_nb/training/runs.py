@@ -218,7 +218,7 @@ class RunOptions:
     recipe:str=None       # a recipe's name; by default the data set's own, for a folder the paper's
     set:tuple=()          # field=value: change a field of the recipe; repeatable
     epochs:int=None       # passes over the data; by default the recipe's
-    max_steps:int=None    # train so many steps, in place of `epochs`
+    max_steps:int=None    # train so many steps instead of epochs
     bs:int=None           # images in an optimizer step; by default the recipe's
     seed:int=0            # of weights, order, crops and masks
     num_workers:int=None  # processes that read images; by default one a core for files, none for data in memory
