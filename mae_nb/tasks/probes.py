@@ -198,8 +198,8 @@ class ProbeOptions(RunOptions):
             raise UsageError(f'`fast` has no meaning for the {self.kind} probe, only for linear')
         if self.trains:
             return
-        for name in ('epochs', 'max_steps', 'log'):
-            if getattr(self, name) not in (None, ()):
+        for name in ('epochs', 'max_steps', 'log', 'save_every', 'if_full', 'data_check', 'parallel'):
+            if getattr(self, name) != getattr(RunOptions, name):
                 raise UsageError(f'`{name}` has no meaning for this probe, which trains no steps')
         if self.decode != 'cpu':
             raise UsageError(f'decode={self.decode} has no meaning for this probe, which looks at each picture once: '
