@@ -194,7 +194,8 @@ def draw_table(
     for i, column in enumerate(table.columns):
         numbers = {point_name(point): number for point, number in table.column(column).items()}
         _draw_points(axs[0, 0], names, numbers, i, column)
-    _label_points(axs[0, 0], table, names)
+    labels = [label.replace(', ', ',\n') for label in table.labels or names]
+    _label_points(axs[0, 0], labels, table.title)
     axs[0, 0].set_title(f'{table.source}: {table.model}', fontsize=9)
     axs[0, 0].set_ylabel(table.unit)
     if ours is not None:
@@ -221,13 +222,12 @@ def _draw_points(ax, names:list, numbers:dict, measure:int, label:str, spread:di
         ax.annotate(f'{number:.1f}', (place, number), offset, textcoords='offset points', ha='center', fontsize=8,
                     bbox=dict(fc='w', ec='none', pad=.3, alpha=.7))
 
-def _label_points(ax, table:PaperTable, names:list):
-    "The points' names below the axis, the table's labels where it has them, and the legend."
-    labels = dict(zip(map(point_name, table.rows), table.labels))
-    ax.set_xticks(range(len(names)), [labels.get(name, name).replace(', ', ',\n') for name in names], fontsize=8)
+def _label_points(ax, names:list, title:str):
+    "The points' names and what varies, below the axis, and the legend."
+    ax.set_xticks(range(len(names)), names, fontsize=8)
     ax.set_xlim(-.5, len(names) - .5)
     ax.margins(y=.18)
-    ax.set_xlabel(table.title)
+    ax.set_xlabel(title)
     ax.legend(fontsize=8, frameon=False)
 
 def _draw_ours(ax, table:PaperTable, ours:dict):
@@ -241,5 +241,4 @@ def _draw_ours(ax, table:PaperTable, ours:dict):
     for i, (metric, points) in enumerate(ours.items()):
         means = {name: point.mean for name, point in points.items()}
         _draw_points(ax, names, means, i, MEASURES[metric], {name: point.spread for name, point in points.items()})
-    _label_points(ax, table, names)
-    ax.set_xlabel(table.study_axis or table.title)
+    _label_points(ax, names, table.study_axis or table.title)
