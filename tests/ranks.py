@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import in_fork
 
+from mae_nb import command_line, commands
 from mae_nb.base.processes import process_group
 from mae_nb.training.runs import read_metrics
 
@@ -21,6 +22,13 @@ def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
+
+def starter(name, *words):
+    "A function that runs a command, for `spread`."
+    def start():
+        sys.argv = [name, *words]
+        command_line.main(getattr(commands, name.replace('-', '_')).__wrapped__)
+    return start
 
 def spread(n, func, folder, seconds=100):
     "Run `func` in `n` processes that train together: the result, the output and the exit code of each."

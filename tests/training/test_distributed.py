@@ -4,7 +4,6 @@ Two of them here, and four in a run that goes on with others; every task with fo
 `pytest -m slow tests/training/test_distributed.py`."""
 import os
 import signal
-import sys
 import time
 from functools import partial, partialmethod
 from types import SimpleNamespace
@@ -13,8 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastcore.script import _run_cli
-from ranks import assert_same_metrics, results, spread
+from ranks import assert_same_metrics, results, spread, starter
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -329,16 +327,12 @@ def test_processes_that_would_go_on_from_different_steps_are_stopped(tmp_path):
 
 def test_bad_files_end_all_with_one_line(photos, tmp_path, monkeypatch):
     "Whichever process meets too many of them reports it."
-    from mae_nb import commands
     monkeypatch.chdir(tmp_path)
     for i in range(5, 45, 2):
         (photos/'odd'/f'{i:03}.png').write_bytes(b'garbage')
     words = ('--model', 'mae_vit_nano_patch4_32', '--set', 'amp=False', '--set', 'warmup_epochs=1',
              '--num-workers', '0', '--epochs', '2', '--bs', '20')
-    def command():
-        sys.argv = ['mae-pretrain', 'photos', *words]
-        _run_cli(commands.mae_pretrain.__wrapped__, False)
-    start, runs = time.time(), spread(2, command, tmp_path/'say', 60)
+    start, runs = time.time(), spread(2, starter('mae-pretrain', 'photos', *words), tmp_path/'say', 60)
     assert time.time() - start < 30 and [r.code for r in runs] == [1, 1]
     line = 'could not be read, more than 1%'
     assert any('mae-pretrain: error: ' in r.output and line in r.output for r in runs), [r.output for r in runs]

@@ -5,15 +5,12 @@ tutorial 03 in test_kernel). Whatever trains under torchrun: `pytest -m slow tes
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from fastcore.script import _run_cli
-from ranks import assert_same_metrics, free_port, results, spread
+from ranks import assert_same_metrics, free_port, results, spread, starter
 from support import BIN, Said
 
-from mae_nb import commands
 from mae_nb.training.distributed import PARALLEL, submit
 
 QUICK = '--set', 'amp=False', '--set', 'warmup_epochs=1', '--num-workers', '0', '--epochs', '2', '--bs', '20'
@@ -47,10 +44,7 @@ def check_pretraining(out, err, forked, tmp_path):
 def test_pretraining_in_two_processes(forked, photos, tmp_path, monkeypatch):
     "As torchrun starts them, but in forks."
     monkeypatch.chdir(tmp_path)
-    def command():
-        sys.argv = ['mae-pretrain', 'photos', *NANO]
-        _run_cli(commands.mae_pretrain.__wrapped__, False)
-    runs = spread(2, command, tmp_path/'say')
+    runs = spread(2, starter('mae-pretrain', 'photos', *NANO), tmp_path/'say')
     results(runs)
     output = ''.join(r.output for r in runs)
     check_pretraining(output, output, forked, tmp_path)
