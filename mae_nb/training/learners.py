@@ -27,6 +27,7 @@ from .callbacks import DeviceRecorder, StopAt
 from .engine import TaskLearner
 from .familiar import RateTrial, check_callback, label_metric, layer_of, suggested_rates
 from .optim import Schedule, WeightEMA
+from .runs import evaluated_model
 
 # %% ../../nbs/training/14_learners.ipynb #3e4f2bbc
 class _Gather(Callback):
@@ -57,8 +58,7 @@ class FastaiLearner(TaskLearner):
     @property
     def evaluated(self) -> nn.Module:
         "The model that is measured and saved: the average of the weights where the recipe keeps one."
-        ema = self.find_callback('weight_ema')
-        return self.model if ema is None or ema.average is None else ema.average.module
+        return evaluated_model(self)
 
     @property
     def smooth_loss(self) -> torch.Tensor:

@@ -344,7 +344,7 @@ def prune(
 ):
     "Remove old checkpoints."
     files = checkpoints_in(folder)   # newest first
-    if newest:
+    if newest:   # it comes first, then older ones, then leftovers
         files.sort(key=lambda f: (f != newest, _step_in_name(f) >= _step_in_name(newest)))
     for file in files[keep:]:
         file.unlink(missing_ok=True)
