@@ -232,7 +232,7 @@ def _draw_ours(ax, ours:list[Summary], names:list[str]|None):
     for place, s in zip(places, ours, strict=True):
         ax.plot([place] * len(s.values), [100 * v for v in s.values.values()], '.', color='C0', alpha=.4)
     if names:
-        ax.set_xticks(places, names, rotation=20 if max(map(len, names)) > 8 else 0)
+        ax.set_xticks(places, names, rotation=90 if sum(map(len, names)) > 50 else 0)   # letters that fit into a line
         ax.set_xlim(-.5, len(names) - .5)
     ax.set_ylabel('ours: top-1, %', color='C0')
 
