@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -99,13 +100,19 @@ def check_made_from_notebooks():
             fail(f'{file.name} does not match the notebooks: run python tests/check.py --fix')
 
 
-if __name__ == '__main__':
+def check():
     check_sync()
     check_made_from_notebooks()
     run('ruff', 'check')
     run('nbdev-test', 'nbs', '--n-workers', WORKERS, '--cell-timeout', '300')
     # a file stays with one worker, which makes what its tests share once; tests/conftest.py puts the longest first
     run('pytest', '-n', WORKERS, '--dist', 'loadfile', '--no-loadscope-reorder', '--durations', '10')
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory(prefix='check', ignore_cleanup_errors=True) as folder:
+        ENV['TMPDIR'] = folder   # chapters and tests leave gigabytes in it
+        check()
     if FAILED:
         fail('; '.join(FAILED))
     print('all checks passed')

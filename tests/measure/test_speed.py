@@ -113,9 +113,9 @@ import torch
 from mae_nb.base.devices import keep_freed_memory
 
 def faults():
-    "Page faults of one more block of 64 MiB: above 32 MiB, glibc gives freed memory back at once."
-    for _ in range(8):   # the heap grows until an aligned block fits
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    "Page faults of 40 blocks of 64 MiB, one after the other: above 32 MiB, glibc gives freed memory back at once."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
         torch.empty(2**24).fill_(1.)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -131,4 +131,5 @@ def test_kept_memory_spares_page_faults():
     plain, kept = map(int, run.stdout.split())
     if plain == kept == 0:
         pytest.skip('this kernel counts no page faults')
-    assert plain > 64 * 2**20 / 65536 and kept < .2 * plain   # pages of at most 64 KiB
+    assert plain > 40 * 64 * 2**20 / 65536   # pages of at most 64 KiB
+    assert kept < .4 * plain   # the heap grows three to six times until an aligned block fits, and then no more
