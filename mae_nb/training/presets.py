@@ -74,7 +74,7 @@ RECIPES['scratch_small'] = ScratchRecipe(epochs=200, batch_size=64, base_lr=2e-3
 RECIPES['segment_small'] = SegmentRecipe(epochs=30, warmup_epochs=3, batch_size=16, base_lr=3e-2, drop_path=0.,
                                          crop_scale=(.8, 1.25), augment='random', amp=False)
 RECIPES['demo_fashion'] = replace(_small_pretrain(16), batch_size=64, crop_scale=(.6, 1.))
-RECIPES['demo_cifar10'] = _small_pretrain(6)   # crops and smaller batches were no better in the same time
+RECIPES['demo_cifar10'] = _small_pretrain(5)   # crops and smaller batches were no better in the same time
 for _data in ('fashion', 'cifar10'):
     RECIPES[f'finetune_{_data}'] = FinetuneRecipe(base_lr=1e-2, **_SMALL_TUNE)
     RECIPES[f'scratch_{_data}'] = FinetuneRecipe(base_lr=5e-3, layer_decay=1., **_SMALL_TUNE)
