@@ -39,7 +39,7 @@ class DemoPlan:
     draws: dict             # labels of each class -> how often they are drawn, for the probes
     trained: tuple          # labels of each class with which the whole network is trained, once each
     penalties: tuple = (10., 1., 1e-1, 1e-2, 1e-3, 1e-4)   # of the probe, for every row; the first of equals
-    tune_on: int = 25_000   # labelled images, at most, with which a penalty is chosen: a fifth is held out
+    tune_on: int = 50_000   # labelled images, at most, with which a penalty is chosen: a fifth is held out
 
     def __post_init__(self):
         if tuple(self.draws)[:len(self.trained)] != tuple(self.trained):

@@ -213,7 +213,7 @@ def linear_probe(
     test:np.ndarray,          # features (m, d) of the test set
     test_labels:np.ndarray,   # class numbers (m,)
     penalties:Sequence[float]=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # L2, for a mean loss; of equal ones the first is chosen
-    tune_on:int=25_000,       # samples used for choosing: four fifths to train, one to validate
+    tune_on:int=50_000,       # samples used for choosing: four fifths to train, one to validate
     seed:int=0,               # of the held-out split
     folds:int=1,              # of the five fifths, how many are held out in turn
     standardise:bool=True,    # bring each feature to deviation 1; if not, only to mean 0
