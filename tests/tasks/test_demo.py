@@ -67,3 +67,9 @@ def test_every_row_of_a_probe_reads_the_same_images_with_the_same_choice_of_pena
     room.compare_features(*load_source('fashion'), encoders, DEMOS['fashion'])
     a_row = len(calls) // 3
     assert a_row == 3 and calls[:a_row] == calls[a_row:2 * a_row] == calls[2 * a_row:]
+
+
+def test_penalties_are_chosen_with_all_labels():
+    "One chosen with a fifth of CIFAR-10's labels was too strong, and cost two points."
+    for plan in DEMOS.values():
+        assert plan.tune_on >= 10 * max(plan.draws)   # of ten classes
