@@ -79,8 +79,7 @@ def probe_now(weights: Path) -> float:
     model.load_state_dict(torch.load(weights, weights_only=True))
     (train, test), plan = load_source('cifar10'), DEMOS['cifar10']
     own, others = principal_features(*(read_features(model.encoder, part, plan.readout) for part in (train, test)))
-    return linear_probe(own, train.labels, others, test.labels, plan.penalties, plan.tune_on,
-                        standardise=False).accuracy
+    return linear_probe(own, train.labels, others, test.labels, plan.penalties, standardise=False).accuracy
 
 
 def probe_before(weights: Path) -> float:

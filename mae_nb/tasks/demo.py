@@ -39,7 +39,6 @@ class DemoPlan:
     draws: dict             # labels of each class -> how often they are drawn, for the probes
     trained: tuple          # labels of each class with which the whole network is trained, once each
     penalties: tuple = (10., 1., 1e-1, 1e-2, 1e-3, 1e-4)   # of the probe, for every row; the first of equals
-    tune_on: int = 50_000   # labelled images, at most, with which a penalty is chosen: a fifth is held out
 
     def __post_init__(self):
         if tuple(self.draws)[:len(self.trained)] != tuple(self.trained):
@@ -97,7 +96,7 @@ def _probe_row(row:str, features:list, train, test, plan:DemoPlan, seed:int, tic
         for draw in plan.own_draws(labels, seed):
             ids = numbered.shots(labels, draw).items
             probe = linear_probe(features[0][ids], train.labels[ids], features[1], test.labels, plan.penalties,
-                                 plan.tune_on, seed, _folds(labels), False, tick)
+                                 seed=seed, folds=_folds(labels), standardise=False, tick=tick)
             results.append(dict(row=row, labels_per_class=labels, draw=draw, top1=probe.accuracy,
                                 penalty=probe.penalty))
     return results
